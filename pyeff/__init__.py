@@ -1,0 +1,1 @@
+"""Convolution networks that do less work per image and are really faster for it."""
