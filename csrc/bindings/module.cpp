@@ -1,0 +1,13 @@
+// The extension module: one bind_<subject> per file, nothing else.
+#include <pybind11/pybind11.h>
+
+namespace pyeff::bindings {
+void bind_info(pybind11::module_& m);
+void bind_nested_conv2d(pybind11::module_& m);
+}  // namespace pyeff::bindings
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyeff native kernels. Use pyeff.ops, not this module.";
+  pyeff::bindings::bind_info(m);
+  pyeff::bindings::bind_nested_conv2d(m);
+}
