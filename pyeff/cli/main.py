@@ -1,0 +1,22 @@
+"""The `pyeff` command: one module a command, each importing what it needs when it runs."""
+
+import typer
+
+from pyeff.cli.info import info
+
+app = typer.Typer(
+    name="pyeff",
+    help="Convolution networks that do less work per image and are really faster for it.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback with every local variable would print whole tensors.
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Convolution networks that do less work per image and are really faster for it."""
+
+
+app.command()(info)
