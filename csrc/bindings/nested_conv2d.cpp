@@ -1,0 +1,204 @@
+#include "pyeff/nested_conv2d.h"
+
+#include "bindings/tensor_arg.h"
+
+namespace pyeff::bindings {
+namespace {
+
+// The integers of a call in one tuple: pybind11 converts arguments one by one, and seventeen of
+// them would cost more than a small convolution.
+// (in_lo, in_count, out_lo, out_count, stride_h, stride_w, pad_top, pad_left, dilation_h,
+//  dilation_w, groups, threads)
+constexpr int kIntegers = 12;
+
+NestedConv2d read_problem(const char* op, const py::tuple& integers) {
+  if (integers.size() != kIntegers) fail(op, "problem must have 12 integers");
+  std::array<std::int64_t, kIntegers> v;
+  for (int i = 0; i < kIntegers; ++i) {
+    v[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers.ptr(), i));
+  }
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  NestedConv2d conv{};
+  conv.in = {v[0], v[1], nullptr};
+  conv.out = {v[2], v[3], nullptr};
+  conv.window = {v[4], v[5], v[6], v[7], v[8], v[9]};
+  conv.groups = v[10];
+  conv.threads = static_cast<int>(v[11]);
+  const ConvWindow& w = conv.window;
+  if (w.stride_h < 1 || w.stride_w < 1 || w.dilation_h < 1 || w.dilation_w < 1) {
+    fail(op, "stride and dilation must be at least 1");
+  }
+  if (conv.groups < 1) fail(op, "groups must be at least 1");
+  if (conv.threads < 1) fail(op, "threads must be at least 1");
+  return conv;
+}
+
+void select(const char* op, const std::optional<TensorArg>& index, std::int64_t channels,
+            ChannelSelection& selection) {
+  if (!index) {
+    if (selection.lo < 0 || selection.count < 0 || selection.lo + selection.count > channels) {
+      fail(op, "a range must lie within the channels of the weight");
+    }
+    return;
+  }
+  const TensorView& t = **index;
+  require_shape(op, t, {selection.count});
+  require_contiguous(op, t);
+  if (t.dtype != Dtype::kInt64) fail(op, std::string(t.name) + " must be int64");
+  if (t.device != Device::kCpu) fail(op, std::string(t.name) + " must be on the CPU");
+  selection.index = t.as<const std::int64_t>();
+  for (std::int64_t i = 0; i < selection.count; ++i) {
+    if (selection.index[i] < 0 || selection.index[i] >= channels) {
+      fail(op, std::string(t.name) + " must name channels of the weight");
+    }
+  }
+}
+
+void require_on_cpu(const char* op, const TensorView& t) {
+  if (t.device != Device::kCpu) fail(op, std::string(t.name) + " must be on the CPU");
+}
+
+// [N, C, H, W] with the channels side by side; rows, columns and images may be strided.
+void require_image(const char* op, const TensorView& t, std::int64_t channels,
+                   const TensorView& weight) {
+  if (t.ndim != 4 || t.shape[1] != channels) {
+    fail(op, std::string(t.name) + " must have 4 dimensions and " + std::to_string(channels) +
+                 " channels");
+  }
+  if (t.shape[1] > 1 && t.stride[1] != 1) fail(op, std::string(t.name) + " must be channels_last");
+  require_like(op, t, weight);
+}
+
+void check_weight(const char* op, const TensorView& weight, std::int64_t groups) {
+  if (weight.ndim != 4) fail(op, "weight must have 4 dimensions [O, I / groups, kh, kw]");
+  if (weight.shape[0] % groups != 0) fail(op, "groups must divide the weight's output channels");
+  if (weight.dtype == Dtype::kInt64) fail(op, "weight must be a floating-point tensor");
+  require_on_cpu(op, weight);
+}
+
+void check_groups(const char* op, const NestedConv2d& conv, const TensorView& weight) {
+  if (conv.groups == 1) return;
+  const std::int64_t in_group = weight.shape[1], out_group = weight.shape[0] / conv.groups;
+  const bool whole = conv.in.lo % in_group == 0 && conv.in.count % in_group == 0 &&
+                     conv.out.lo % out_group == 0 && conv.out.count % out_group == 0;
+  if (!whole || conv.in.lo / in_group != conv.out.lo / out_group ||
+      conv.in.count / in_group != conv.out.count / out_group || conv.in.index != nullptr ||
+      conv.out.index != nullptr) {
+    fail(op, "with groups both ranges must cover the same whole groups");
+  }
+}
+
+// Everything that the three directions have in common.
+struct Call {
+  Call(const char* op, py::handle weight_, py::handle in_index_, py::handle out_index_,
+       const py::tuple& integers)
+      : weight(weight_, "weight"),
+        in_index(optional_tensor(in_index_, "in_index")),
+        out_index(optional_tensor(out_index_, "out_index")),
+        conv(read_problem(op, integers)) {
+    check_weight(op, weight, conv.groups);
+    select(op, in_index, weight->shape[1] * conv.groups, conv.in);
+    select(op, out_index, weight->shape[0], conv.out);
+    check_groups(op, conv, weight);
+  }
+
+  TensorArg weight;
+  std::optional<TensorArg> in_index, out_index;
+  NestedConv2d conv;
+};
+
+const TensorView* view_or_null(const std::optional<TensorArg>& tensor) {
+  return tensor ? &**tensor : nullptr;
+}
+
+void require_packed(const char* op, const TensorView& packed, const TensorView& weight,
+                    std::int64_t groups) {
+  require_shape(op, packed, {cpu::nested_conv2d_packed_elements(weight, groups)});
+  require_contiguous(op, packed);
+  require_on_cpu(op, packed);
+  const Dtype dtype = weight.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (packed.dtype != dtype) fail(op, "packed must be float32, or float64 for a float64 weight");
+}
+
+std::int64_t packed_elements(py::handle weight_, std::int64_t groups) {
+  constexpr const char* op = "nested_conv2d_packed_elements";
+  const TensorArg weight(weight_, "weight");
+  if (groups < 1) fail(op, "groups must be at least 1");
+  check_weight(op, weight, groups);
+  return cpu::nested_conv2d_packed_elements(weight, groups);
+}
+
+void pack(py::handle weight_, py::handle packed_, std::int64_t groups, int threads) {
+  constexpr const char* op = "nested_conv2d_pack";
+  const TensorArg weight(weight_, "weight"), packed(packed_, "packed");
+  if (groups < 1 || threads < 1) fail(op, "groups and threads must be at least 1");
+  check_weight(op, weight, groups);
+  require_packed(op, packed, weight, groups);
+  const py::gil_scoped_release no_gil;
+  cpu::nested_conv2d_pack(weight, packed, groups, threads);
+}
+
+void forward(py::handle x_, py::handle weight_, py::handle packed_, py::handle bias_, py::handle y_,
+             py::handle in_index, py::handle out_index, const py::tuple& integers) {
+  constexpr const char* op = "nested_conv2d";
+  const Call call(op, weight_, in_index, out_index, integers);
+  const TensorArg x(x_, "x"), y(y_, "y");
+  const auto packed = optional_tensor(packed_, "packed");
+  const auto bias = optional_tensor(bias_, "bias");
+  require_image(op, x, call.conv.in.count, call.weight);
+  require_image(op, y, call.conv.out.count, call.weight);
+  if (y->shape[0] != x->shape[0]) fail(op, "y must have the batch size of x");
+  if (packed) require_packed(op, **packed, call.weight, call.conv.groups);
+  if (bias) {
+    require_shape(op, **bias, {call.weight->shape[0]});
+    require_contiguous(op, **bias);
+    require_like(op, **bias, call.weight);
+  }
+  const py::gil_scoped_release no_gil;
+  cpu::nested_conv2d_forward(x, call.weight, view_or_null(packed), view_or_null(bias), y,
+                             call.conv);
+}
+
+void grad_input(py::handle grad_y_, py::handle weight_, py::handle grad_x_, py::handle in_index,
+                py::handle out_index, const py::tuple& integers) {
+  constexpr const char* op = "nested_conv2d_grad_input";
+  const Call call(op, weight_, in_index, out_index, integers);
+  const TensorArg grad_y(grad_y_, "grad_y"), grad_x(grad_x_, "grad_x");
+  require_image(op, grad_y, call.conv.out.count, call.weight);
+  require_image(op, grad_x, call.conv.in.count, call.weight);
+  if (grad_y->shape[0] != grad_x->shape[0]) fail(op, "grad_y must have the batch size of grad_x");
+  const py::gil_scoped_release no_gil;
+  cpu::nested_conv2d_grad_input(grad_y, call.weight, grad_x, call.conv);
+}
+
+void grad_weight(py::handle grad_y_, py::handle x_, py::handle grad_weight_, py::handle in_index,
+                 py::handle out_index, const py::tuple& integers) {
+  constexpr const char* op = "nested_conv2d_grad_weight";
+  const Call call(op, grad_weight_, in_index, out_index, integers);
+  const TensorArg grad_y(grad_y_, "grad_y"), x(x_, "x");
+  require_image(op, grad_y, call.conv.out.count, call.weight);
+  require_image(op, x, call.conv.in.count, call.weight);
+  if (grad_y->shape[0] != x->shape[0]) fail(op, "grad_y must have the batch size of x");
+  const py::gil_scoped_release no_gil;
+  cpu::nested_conv2d_grad_weight(grad_y, x, call.weight, call.conv);
+}
+
+}  // namespace
+
+void bind_nested_conv2d(py::module_& m) {
+  m.def("nested_conv2d_packed_elements", &packed_elements, py::arg("weight"), py::arg("groups"),
+        "How many elements the packed form of weight has.");
+  m.def("nested_conv2d_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("groups"),
+        py::arg("threads"), "Writes the packed form of weight, which serves every selection.");
+  m.def("nested_conv2d_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("packed"),
+        py::arg("bias"), py::arg("y"), py::arg("in_index"), py::arg("out_index"),
+        py::arg("problem"), "Writes y. See pyeff.ops.nested_conv2d.");
+  m.def("nested_conv2d_grad_input", &grad_input, py::arg("grad_y"), py::arg("weight"),
+        py::arg("grad_x"), py::arg("in_index"), py::arg("out_index"), py::arg("problem"),
+        "Writes the gradient of x.");
+  m.def("nested_conv2d_grad_weight", &grad_weight, py::arg("grad_y"), py::arg("x"),
+        py::arg("grad_weight"), py::arg("in_index"), py::arg("out_index"), py::arg("problem"),
+        "Writes the gradient of the full weight, zero outside the selection.");
+}
+
+}  // namespace pyeff::bindings
