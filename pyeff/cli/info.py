@@ -51,6 +51,8 @@ def _text(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key.replace('_', ' ')} {_text(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) if value else "none"
+        return ", ".join(map(_text, value)) if value else "none"
     return str(value)
