@@ -1,0 +1,20 @@
+"""Layers: drop-in, stateful, thin; the arithmetic is in :mod:`pyeff.ops`."""
+
+from pyeff.nn.batch_statistics import is_distributed, synchronised_batch_norm
+from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
+from pyeff.nn.nested_conv2d import NestedConv2d
+from pyeff.nn.nested_linear import NestedLinear
+from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
+from pyeff.nn.units import ChannelUnits, Range
+
+__all__ = [
+    "ChannelUnits",
+    "NestedBatchNorm2d",
+    "NestedConv2d",
+    "NestedLinear",
+    "Range",
+    "SynchronisedBatchNorm2d",
+    "is_distributed",
+    "synchronise_batch_norm",
+    "synchronised_batch_norm",
+]
