@@ -26,4 +26,4 @@ def test_examples(name):
 
 
 def test_there_are_examples():
-    assert examples("pyeff.ops.nested_conv2d")
+    assert examples("pyeff.nn.units")
