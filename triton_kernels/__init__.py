@@ -1,0 +1,1 @@
+"""The operators' GPU kernels in Triton; importing a module of this package needs ``triton``."""

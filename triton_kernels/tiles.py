@@ -1,0 +1,145 @@
+"""Which tile a Triton kernel runs with: one table, read by the launchers.
+
+None of these rows has been measured yet. They are chosen so that every kernel fits the registers
+and the shared memory of its architecture (``tests/triton/aot`` compiles each of them) and reaches
+the tensor cores; a tuner replaces the rows, not the code.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from triton.runtime import driver
+
+
+class Tile(NamedTuple):
+    """The block of work of one program, and how it is compiled.
+
+    Attributes:
+        rows: Rows of the result: pixels, or output channels in the weight gradient.
+        cols: Columns of the result: channels.
+        depth: Terms of the sum that are taken in at once.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Kinds of arithmetic: "half" is float16 and bfloat16 with 32-bit sums, "tf32" is float32 rounded
+# to 10 bits for the tensor cores, "ieee" is float32 on the ordinary units.
+# Each list goes from much work per program to little.
+_GEMM = {
+    "half": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 32, 64, 4, 4),
+    ),
+    "tf32": (
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 4, 3),
+        Tile(64, 64, 32, 4, 4),
+        Tile(32, 32, 32, 4, 4),
+    ),
+    "ieee": (
+        Tile(64, 64, 16, 8, 2),
+        Tile(32, 32, 16, 4, 2),
+    ),
+}
+# The sum of the weight gradient runs over pixels: deeper blocks, fewer of them.
+_GRAD_WEIGHT = {
+    "half": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 64, 64, 4, 3),
+        Tile(32, 32, 64, 4, 3),
+    ),
+    "tf32": (
+        Tile(128, 64, 32, 8, 3),
+        Tile(64, 64, 32, 4, 3),
+        Tile(32, 32, 32, 4, 3),
+    ),
+    "ieee": (
+        Tile(64, 64, 16, 8, 2),
+        Tile(32, 32, 16, 4, 2),
+    ),
+}
+TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
+    (task, architecture): rows
+    for task, rows in (("gemm", _GEMM), ("grad_weight", _GRAD_WEIGHT))
+    for architecture in (80, 90, 100)
+}
+DEPTHWISE = Tile(32, 64, 1, 4, 2)  # one row for all: the depth-wise kernels are bound by memory
+# Triton's interpreter pays per operation, not per element: one or two large programs.
+INTERPRETER = Tile(512, 64, 64, 1, 1)
+
+
+class Limits(NamedTuple):
+    """What the choice of a tile needs to know of a device.
+
+    Attributes:
+        architecture: Of 80, 90, 100 the newest that is not above the device's; 0: interpreter.
+        processors: Multiprocessors.
+        shared: Bytes of shared memory that one program may use.
+    """
+
+    architecture: int
+    processors: int
+    shared: int
+
+
+@lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> Limits:
+    """The limits of a device; CPU tensors are for Triton's interpreter."""
+    if device.type == "cpu":
+        return Limits(0, 2, 0)
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    architecture = max((a for a in (80, 90, 100) if a <= capability), default=80)
+    shared = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return Limits(architecture, properties.multi_processor_count, shared)
+
+
+def shared_bytes(tile: Tile, kind: str) -> int:
+    """Bytes of shared memory that the pipelined blocks of both operands take."""
+    return (tile.rows + tile.cols) * tile.depth * tile.stages * (2 if kind == "half" else 4)
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """The kind of arithmetic, ``"half"``, ``"tf32"`` or ``"ieee"``, for a dtype and a precision."""
+    return precision if dtype == torch.float32 else "half"
+
+
+def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, groups: int) -> Tile:
+    """The first tile of the table's list that suits the shape.
+
+    A tile is passed over while it is at least twice as wide or as high as the result, gives fewer
+    programs than the device has multiprocessors, or does not fit the device's shared memory.
+
+    Args:
+        task: ``"gemm"`` (forward and input gradient) or ``"grad_weight"``.
+        kind: See :func:`arithmetic`.
+        device: Where it runs.
+        rows: Rows of the result.
+        cols: Columns of the result, of one group.
+        groups: How many such results.
+    """
+    limits = device_limits(device)
+    if limits.architecture == 0:
+        return INTERPRETER
+    candidates = TILES[task, limits.architecture][kind]
+    for tile in candidates:
+        programs = -(-rows // tile.rows) * -(-cols // tile.cols) * groups
+        fills = programs >= limits.processors and tile.cols < 2 * cols and tile.rows < 2 * rows
+        if fills and shared_bytes(tile, kind) <= limits.shared:
+            return tile
+    return candidates[-1]
+
+
+def fit_depth(tile: Tile, terms: int) -> Tile:
+    """The tile with its depth cut to the next power of two of ``terms``, at least 16."""
+    return tile._replace(depth=min(tile.depth, max(16, 1 << (terms - 1).bit_length())))
