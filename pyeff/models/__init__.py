@@ -1,0 +1,26 @@
+"""The networks of the papers, made of :mod:`pyeff.nn`."""
+
+from pyeff.models.backbones import BACKBONES, Backbone, backbone_named
+from pyeff.models.build import build
+from pyeff.models.dvn import DVN, dvn
+from pyeff.models.layout import Active
+from pyeff.models.materialise import load_backbone
+from pyeff.models.nested_resnet import NestedResNet
+from pyeff.models.resnet import ResNet, build_backbone
+from pyeff.models.units import active_interval, unit_order
+
+__all__ = [
+    "BACKBONES",
+    "DVN",
+    "Active",
+    "Backbone",
+    "NestedResNet",
+    "ResNet",
+    "active_interval",
+    "backbone_named",
+    "build",
+    "build_backbone",
+    "dvn",
+    "load_backbone",
+    "unit_order",
+]

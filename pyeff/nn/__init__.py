@@ -4,6 +4,7 @@ from pyeff.nn.batch_statistics import is_distributed, synchronised_batch_norm
 from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
 from pyeff.nn.nested_conv2d import NestedConv2d
 from pyeff.nn.nested_linear import NestedLinear
+from pyeff.nn.nested_masked import NestedMaskedConv2d, NestedMaskedLinear
 from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
 from pyeff.nn.units import ChannelUnits, Range
 
@@ -12,6 +13,8 @@ __all__ = [
     "NestedBatchNorm2d",
     "NestedConv2d",
     "NestedLinear",
+    "NestedMaskedConv2d",
+    "NestedMaskedLinear",
     "Range",
     "SynchronisedBatchNorm2d",
     "is_distributed",

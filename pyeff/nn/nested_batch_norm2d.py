@@ -129,13 +129,10 @@ class NestedBatchNorm2d(nn.Module):
         low, high = (0, self.channels) if channel_range is None else channel_range
         if isinstance(level, int):
             self._check(x, task, level, low, high)
-        mean = _row(self.running_mean, task, level)[low:high]
-        var = _row(self.running_var, task, level)[low:high]
-        weight = None if self.weight is None else _row(self.weight, task, level)[low:high]
-        bias = None if self.bias is None else _row(self.bias, task, level)[low:high]
+        mean, var, weight, bias = self.row(task, level, (low, high))
         if not self.training:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        count = _row(self.num_batches_tracked, task, level)
+        count = self.batches(task, level)
         count += 1
         factor = 1.0 / float(count) if self.momentum is None else self.momentum
         if self.synchronised and is_distributed(self.process_group):
@@ -143,6 +140,22 @@ class NestedBatchNorm2d(nn.Module):
                 x, mean, var, weight, bias, factor, self.eps, self.process_group
             )
         return F.batch_norm(x, mean, var, weight, bias, True, factor, self.eps)
+
+    def row(
+        self, task: int, level: int, channel_range: Range
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Mean, variance, scale and shift ``[C']`` of a task (from 0) and level (from 1); views."""
+        low, high = channel_range
+        mean = _row(self.running_mean, task, level)[low:high]
+        var = _row(self.running_var, task, level)[low:high]
+        if self.weight is None or self.bias is None:
+            return mean, var, None, None
+        weight = _row(self.weight, task, level)[low:high]
+        return mean, var, weight, _row(self.bias, task, level)[low:high]
+
+    def batches(self, task: int, level: int) -> Tensor:
+        """How many batches the statistics of a task and level have seen: 0-d int64, a view."""
+        return _row(self.num_batches_tracked, task, level)
 
     def _check(self, x: Tensor, task: int, level: int, low: int, high: int) -> None:
         if not 0 <= task < self.tasks:

@@ -1,0 +1,35 @@
+"""From a configuration (as checkpoints hold it) to a model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from pyeff.models.dvn import dvn
+from pyeff.models.resnet import build_backbone
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "backbone": build_backbone,
+    "dvn": dvn,
+}
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """Builds the model that a ``model.config`` describes, with fresh weights.
+
+    Args:
+        config: ``{"family": ..., **keyword arguments of the family's function}``.
+
+    Raises:
+        ValueError: an unknown family, or arguments that it does not take.
+    """
+    arguments = dict(config)
+    family = arguments.pop("family", None)
+    if family not in FAMILIES:
+        raise ValueError(f"build: family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    try:
+        return FAMILIES[family](**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"build: config must hold the arguments of {family}, got {sorted(arguments)} ({error})"
+        ) from error
