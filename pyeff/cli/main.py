@@ -3,6 +3,7 @@
 import typer
 
 from pyeff.cli.info import info
+from pyeff.cli.train import train
 
 app = typer.Typer(
     name="pyeff",
@@ -20,3 +21,4 @@ def main() -> None:
 
 
 app.command()(info)
+app.add_typer(train)

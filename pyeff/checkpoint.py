@@ -1,0 +1,247 @@
+"""Models and training states on disk: one safetensors file, with the rest as JSON in its header.
+
+One file is what makes a write atomic: it is written beside its target, flushed and renamed, so
+a reader sees the old file or the new one. Nothing is pickled. A checksum over the tensors shows
+the damage that safetensors itself does not look for.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff._extras import require
+
+FORMAT = 1
+FILE_NAME = "checkpoint.safetensors"
+_MODEL = "model."
+_PURPOSE = "to read and write checkpoints"
+
+
+def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file under a temporary name in its own folder and renames it into place.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        content: what it shall hold.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a result is as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_archive(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Writes named tensors and a JSON document as one safetensors file, atomically.
+
+    Args:
+        path: the file to write or replace.
+        tensors: names to tensors of any shape, dtype and device; copied to the CPU.
+        meta: a JSON-able document.
+
+    Raises:
+        TypeError: ``meta`` holds something that JSON does not.
+        ImportError: safetensors is missing.
+    """
+    safetensors = require("safetensors.torch", "train", _PURPOSE)
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
+    header = {
+        "format": str(FORMAT),
+        "checksum": f"{_checksum(plain.items()):08x}",
+        "pyeff": json.dumps(meta, sort_keys=True),
+    }
+    write_bytes_atomically(path, safetensors.save(plain, metadata=header))
+
+
+def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what :func:`write_archive` wrote.
+
+    Args:
+        path: the file, or a folder that holds it as ``checkpoint.safetensors``.
+
+    Returns:
+        The tensors on the CPU, and the JSON document.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or not one of pyeff's.
+        ImportError: safetensors is missing.
+    """
+    safetensors = require("safetensors", "train", _PURPOSE)
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint: path must name a checkpoint file, got {file}")
+    try:
+        with safetensors.safe_open(file, framework="pt") as archive:
+            header = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: {file} must be a whole safetensors file, got one that is truncated or "
+            f"damaged ({error})"
+        ) from error
+    if "pyeff" not in header or "checksum" not in header:
+        raise ValueError(f"checkpoint: {file} must be written by pyeff, got another safetensors file")
+    if header.get("format") != str(FORMAT):
+        raise ValueError(
+            f"checkpoint: {file} must have format {FORMAT}, got {header.get('format')!r}: it was "
+            "written by another version of pyeff"
+        )
+    found = f"{_checksum(sorted(tensors.items())):08x}"
+    if found != header["checksum"]:
+        raise ValueError(
+            f"checkpoint: {file} must have checksum {header['checksum']}, got {found}: it is damaged"
+        )
+    return tensors, json.loads(header["pyeff"])
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    value = 0
+    for name, tensor in tensors:
+        value = zlib.crc32(name.encode(), value)
+        flat = tensor.contiguous().reshape(-1)
+        if flat.numel():
+            value = zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), value)
+    return value
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict under the names that :func:`load` looks for."""
+    return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Saves a model of :mod:`pyeff.models`: weights, buffers and the configuration to rebuild it.
+
+    Args:
+        model: a model with a JSON-able ``config``, as every one of :mod:`pyeff.models` has.
+        path: the file to write or replace; safetensors with JSON in its header, written atomically.
+        extra: more to keep beside it (JSON-able), for example the data set's normalisation.
+
+    Raises:
+        TypeError: the model has no ``config``.
+        ImportError: safetensors is missing.
+
+    Example:
+        >>> pyeff.save(model, "model.safetensors")  # doctest: +SKIP
+        >>> model = pyeff.load("model.safetensors")  # doctest: +SKIP
+    """
+    meta = {"kind": "model", "model": model_config(model), **(extra or {})}
+    write_archive(path, model_tensors(model), meta)
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Loads a model that :func:`save` or ``pyeff train`` wrote.
+
+    Args:
+        path: the file, or the folder of a training run.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or holds other tensors than its model has.
+        ImportError: safetensors is missing.
+
+    Example:
+        >>> model = pyeff.load("runs/cifar100")  # doctest: +SKIP
+    """
+    tensors, meta = read_archive(path)
+    return rebuild(tensors, meta, os.fspath(path))
+
+
+def rebuild(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], where: str) -> nn.Module:
+    """The model of an archive that was read already; see :func:`load`."""
+    from pyeff import models
+
+    if "model" not in meta:
+        raise ValueError(f"load: {where} must hold a model, got an archive of {meta.get('kind')!r}")
+    model = models.build(meta["model"])
+    load_model_tensors(model, tensors, where)
+    return model.eval()
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies the model's part of an archive into a model, or says what does not fit.
+
+    Args:
+        model: the model to fill.
+        tensors: what :func:`read_archive` gave.
+        where: the file's name, for the message.
+
+    Raises:
+        ValueError: names or shapes differ; the message lists them.
+    """
+    found = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    wanted = model.state_dict()
+    trouble = [f"missing {name}" for name in wanted if name not in found]
+    trouble += [f"unknown {name}" for name in found if name not in wanted]
+    trouble += [
+        f"{name} is {list(found[name].shape)}, the model has {list(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if trouble:
+        shown = "; ".join(trouble[:8]) + (f"; and {len(trouble) - 8} more" if trouble[8:] else "")
+        raise ValueError(f"load: {where} must hold the tensors of this model, got: {shown}")
+    for name, tensor in found.items():
+        if wanted[name].dtype != tensor.dtype and tensor.dtype == torch.float64:
+            model.double()
+            break
+    model.load_state_dict(found)
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments that rebuild a model.
+
+    Raises:
+        TypeError: the model has none.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, dict):
+        raise TypeError(
+            "save: model must have a config (a model of pyeff.models), got "
+            f"{type(model).__name__}"
+        )
+    return config
+
+
+def config_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations, one line a key, in the order of the keys."""
+    keys = sorted(set(found) | set(wanted))
+    nothing = "(not set)"
+    return [
+        f"{key}: {found.get(key, nothing)!r} in the checkpoint, {wanted.get(key, nothing)!r} asked for"
+        for key in keys
+        if _plain(found.get(key, nothing)) != _plain(wanted.get(key, nothing))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back, so that tuples equal lists."""
+    return json.loads(json.dumps(value))

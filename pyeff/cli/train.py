@@ -1,0 +1,212 @@
+"""`pyeff train dvn|nestednet|backbone`: from a folder of images to a trained network."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+train = typer.Typer(
+    name="train",
+    help="Train a nested network, or the plain backbone, on one or more tasks.",
+    no_args_is_help=True,
+)
+
+_Option = tuple[str, Any, Any, str]
+
+_RUN: list[_Option] = [
+    (
+        "task",
+        list[str],
+        ["digits:class", "digits:parity"],
+        "A task, once for each: cifar100:fine, cifar100:coarse, cifar10, digits:class, "
+        "digits:parity (bundled, no files), NAME=FOLDER (train/ and val/ or test/ with one "
+        "folder a class).",
+    ),
+    ("data", str | None, None, "Folder that holds cifar-100-python, cifar-10-batches-py, ..."),
+    ("out", str, "runs/train", "Folder for checkpoint, metrics, table and plots."),
+    ("resume", bool, False, "Go on from the checkpoint in --out, with its settings."),
+    ("overwrite", bool, False, "Start anew although --out holds a checkpoint."),
+    ("epochs", int, 30, "Passes over the largest task."),
+    ("batch-size", int, 128, "Images a task and step, over all processes."),
+    ("lr", float, 0.1, "Learning rate (the peak of onecycle)."),
+    ("momentum", float, 0.9, "Nesterov momentum."),
+    ("weight-decay", float, 5e-4, "On weights of convolutions and linear layers."),
+    ("schedule", str, "onecycle", "multistep (50 % and 75 %), cosine, onecycle or constant."),
+    ("warmup", float, 0.0, "Share of the steps in which the rate rises (onecycle: 0 is 0.25)."),
+    ("clip", float, 0.0, "Largest gradient norm; 0 does not clip."),
+    ("label-smoothing", float, 0.0, "Share of the target spread over all classes."),
+    ("augment", bool, True, "Random crops, and mirroring where the class allows."),
+    ("calibrate", int, 0, "Batches for batch norm statistics computed anew at the end; 0: none."),
+    ("precision", str, "fp32", "fp32, bf16 (autocast) or fp64."),
+    ("channels-last", bool, True, "Memory format of the weights."),
+    ("compile", bool, False, "Run the network through torch.compile."),
+    ("seed", int, 0, "Of weights, order, augmentation and random levels."),
+    ("sync-batch-norm", bool, True, "Under torchrun: statistics over the joint batch."),
+    ("limit-train", int | None, None, "At most this many training images of each task."),
+    ("limit-test", int | None, None, "At most this many test images of each task."),
+    ("image-size", int | None, None, "Pixels a side, for image folders of mixed sizes."),
+    ("eval-every", int, 1, "Epochs between evaluations; the last one is always evaluated."),
+    ("save-every", int, 1, "Epochs between checkpoints."),
+    ("device", str, "auto", "auto, cpu or cuda."),
+    ("backend", str | None, None, "Force one backend of the operators (torch, cpp, triton, ...)."),
+    ("progress", bool, True, "A progress bar, on a terminal."),
+]
+_LEVELS: list[_Option] = [
+    ("levels", int, 4, "Number of levels."),
+    (
+        "level-rule",
+        str,
+        "sum",
+        "sum: every level at every step; sandwich: largest, smallest, some.",
+    ),
+    ("sandwich-levels", int, 4, "Levels a step under the sandwich rule."),
+    ("distill", bool, False, "Lower levels learn the soft output of the largest."),
+    ("task-rule", str, "joint", "joint: one optimiser step for all tasks; alternate: one each."),
+]
+_NETWORK: list[_Option] = [
+    ("backbone", str, "resnet20", "resnet8, resnet20, ..., wrn32_4, wrn28_10, resnet18, ..."),
+    ("width", list[int] | None, None, "Channels of each stage, once for each, to replace its own."),
+    ("depth", list[int] | None, None, "Blocks of each stage, once for each, to replace its own."),
+]
+# Options that are arguments of pyeff.models, by their name there.
+_MODEL_NAMES = {
+    "backbone": "backbone",
+    "width": "widths",
+    "depth": "depths",
+    "levels": "levels",
+    "slice_mode": "slice_mode",
+    "norm_affine": "norm_affine",
+    "norm_statistics": "norm_statistics",
+    "strategy": "strategy",
+}
+_RENAMED = {"task": "tasks"}
+_ELSEWHERE = ("resume", "overwrite", "backend")
+
+
+def _command(family: str, options: list[_Option], doc: str) -> Callable[..., None]:
+    """A typer command whose options are those of the tables above."""
+
+    def run(ctx: typer.Context, **values: Any) -> None:
+        _train(ctx, family, values)
+
+    context = inspect.Parameter(
+        "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    parameters = [context]
+    for name, kind, default, text in options:
+        flag = f"--{name}/--no-{name}" if kind is bool and default else f"--{name}"
+        parameters.append(
+            inspect.Parameter(
+                name.replace("-", "_"),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[kind, typer.Option(flag, help=text)],
+            )
+        )
+    run.__name__, run.__doc__ = family, doc
+    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    # typer reads the signature; writing each command's forty options out would hide what differs.
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    return run
+
+
+def _train(ctx: typer.Context, family: str, values: dict[str, Any]) -> None:
+    from pyeff.train import TrainingInterrupted
+    from pyeff.train.report import train_and_report
+
+    given = {name: value for name, value in values.items() if _is_given(ctx, name)}
+    try:
+        config = _config(family, values, given)
+        train_and_report(
+            config,
+            resume=values["resume"],
+            overwrite=values["overwrite"],
+            backend=values["backend"],
+        )
+    except TrainingInterrupted as stopped:
+        typer.echo(f"{stopped}; go on with --resume", err=True)
+        # 128 + SIGINT, as shells have it.
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    # By name: typer brings its own copy of click's enumeration from 0.29 on.
+    return source is not None and source.name != "DEFAULT"
+
+
+def _config(family: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
+    """The run: from all options, or from a checkpoint's settings and the options given."""
+    from pyeff.train import TrainConfig, config_from_json
+    from pyeff.train.state import read_config
+
+    chosen = values
+    base: dict[str, Any] = {"model": {"family": family}}
+    if values["resume"]:
+        chosen, base = given, read_config(values["out"])
+        if base["model"]["family"] != family:
+            raise ValueError(
+                f"resume: {values['out']} must be a run of {family}, got one of "
+                f"{base['model']['family']}"
+            )
+        base["out"] = values["out"]
+    model = dict(base["model"])
+    settings = {k: v for k, v in base.items() if k != "model"}
+    for name, value in chosen.items():
+        if name in _MODEL_NAMES:
+            if value is not None and value != []:
+                model[_MODEL_NAMES[name]] = value
+        elif name not in _ELSEWHERE:
+            settings[_RENAMED.get(name, name)] = value
+    return config_from_json({**settings, "model": model}) if settings else TrainConfig(model=model)
+
+
+_SHARING = "Who has its own: private (task and level), task, or shared."
+_DVN: list[_Option] = [
+    ("slice-mode", str, "full", "full, inner or grouped: which channels are cut into units."),
+    ("norm-affine", str, "private", f"Batch norm's scale and shift. {_SHARING}"),
+    (
+        "norm-statistics",
+        str,
+        "private",
+        f"Batch norm's running statistics. {_SHARING} Shared ones collapse at test time.",
+    ),
+]
+
+train.command("dvn")(
+    _command(
+        "dvn",
+        [*_RUN, *_NETWORK, *_LEVELS, *_DVN],
+        "Train a deep virtual network: several tasks, each at every level.\n\n"
+        "Example: pyeff train dvn --data data --task cifar100:fine --task cifar100:coarse "
+        "--backbone resnet20 --levels 4 --epochs 30 --out runs/dvn",
+    )
+)
+train.command("nestednet")(
+    _command(
+        "nestednet",
+        [
+            *_RUN,
+            *_NETWORK,
+            *_LEVELS,
+            ("strategy", str, "channel", "channel, layer or weight: what a level leaves out."),
+        ],
+        "Train a NestedNet: one task, nested by channels, layers or single weights.\n\n"
+        "Example: pyeff train nestednet --data data --task cifar10 --strategy channel "
+        "--levels 3 --out runs/nestednet",
+    )
+)
+train.command("backbone")(
+    _command(
+        "backbone",
+        [*_RUN, *_NETWORK],
+        "Train the plain backbone with the same recipe: one task, one level, the baseline.\n\n"
+        "Example: pyeff train backbone --data data --task cifar100:fine --backbone resnet20 "
+        "--epochs 30 --out runs/dense",
+    )
+)

@@ -1,0 +1,146 @@
+"""Everything that decides a training run, in one object that a checkpoint can keep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": ("multistep", "cosine", "onecycle", "constant"),
+    "level_rule": ("sum", "sandwich"),
+    "task_rule": ("joint", "alternate"),
+    "precision": ("fp32", "bf16", "fp64"),
+}
+# These change where or how long a run works, never what it computes.
+_FREE = ("data", "out", "device", "progress", "save_every", "eval_every")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: with the data it determines every weight.
+
+    Attributes:
+        tasks: the words of each task, see :func:`pyeff.train.load_tasks`.
+        model: keyword arguments of :func:`pyeff.models.build` without ``tasks``, for example
+            ``{"family": "dvn", "backbone": "resnet20", "levels": 4}``; the family ``backbone`` is
+            the plain network (one task, one level).
+        data: folder of the data sets.
+        out: folder for checkpoints, metrics and plots.
+        epochs: passes over the largest task; smaller ones are repeated to match.
+        batch_size: images a task and step, over all processes.
+        lr: learning rate; of ``onecycle`` and of any warm-up its highest value.
+        momentum: of Nesterov's SGD.
+        weight_decay: on weights of convolutions and linear layers only.
+        schedule: ``multistep`` (a tenth at 50 % and 75 % of the steps), ``cosine``, ``onecycle``
+            (up in a straight line, down in a straight line to 0), ``constant``.
+        warmup: share of the steps in which the rate rises from a 25th; ``onecycle``'s is 0.25 if 0.
+        clip: largest gradient norm; 0 does not clip.
+        label_smoothing: share of the target spread over all classes.
+        level_rule: ``sum`` trains every level at every step; ``sandwich`` the largest, the
+            smallest and ``sandwich_levels - 2`` random ones between.
+        sandwich_levels: levels a step under the sandwich rule.
+        distill: levels below the largest learn the largest's soft output instead of the labels.
+        task_rule: ``joint`` sums all tasks into one optimiser step; ``alternate`` gives each task
+            an optimiser step of its own, in turn.
+        augment: random crops, and mirroring where a mirrored image keeps its class.
+        calibrate: batches of training images with which batch norm statistics are computed anew
+            after training; 0 keeps the running ones.
+        precision: ``fp32``, ``bf16`` (autocast) or ``fp64``.
+        channels_last: memory format of the weights.
+        compile: run the network through :func:`torch.compile`.
+        seed: of the initial weights, the order, the augmentation and the random levels.
+        sync_batch_norm: under several processes, statistics over the joint batch.
+        limit_train: at most this many training images of each task.
+        limit_test: at most this many test images of each task.
+        image_size: side in pixels for image folders of mixed sizes.
+        eval_every: epochs between two evaluations; the last epoch is always evaluated.
+        save_every: epochs between two checkpoints; the last epoch is always saved.
+        device: ``cpu``, ``cuda``, or ``auto``.
+        progress: show a progress bar (on a terminal only).
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    tasks: tuple[str, ...] = ("digits:class", "digits:parity")
+    model: Mapping[str, Any] = field(
+        default_factory=lambda: {"family": "dvn", "backbone": "resnet20", "levels": 4}
+    )
+    data: str | None = None
+    out: str = "runs/train"
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "onecycle"
+    warmup: float = 0.0
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    level_rule: str = "sum"
+    sandwich_levels: int = 4
+    distill: bool = False
+    task_rule: str = "joint"
+    augment: bool = True
+    calibrate: int = 0
+    precision: str = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    seed: int = 0
+    sync_batch_norm: bool = True
+    limit_train: int | None = None
+    limit_test: int | None = None
+    image_size: int | None = None
+    eval_every: int = 1
+    save_every: int = 1
+    device: str = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "model", dict(self.model))
+        for name, choices in _CHOICES.items():
+            _check(self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
+        for name in ("epochs", "batch_size", "eval_every", "save_every"):
+            _check(self, name, getattr(self, name) >= 1, "be at least 1")
+        for name in ("limit_train", "limit_test", "image_size"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive")
+        for name in ("weight_decay", "clip", "calibrate"):
+            _check(self, name, getattr(self, name) >= 0, "not be negative")
+        for name in ("momentum", "label_smoothing", "warmup"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
+        _check(self, "lr", self.lr > 0, "be positive")
+        _check(self, "sandwich_levels", self.sandwich_levels >= 2, "be at least 2")
+        _check(self, "tasks", bool(self.tasks), "name at least one task")
+        _check(self, "model", "family" in self.model, "have a family (dvn, nestednet, backbone)")
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as a JSON-able document."""
+        return asdict(self)
+
+    def deciding(self) -> dict[str, Any]:
+        """The part that decides the result: what a resumed run must share."""
+        return {k: v for k, v in self.to_json().items() if k not in _FREE}
+
+
+def config_from_json(document: Mapping[str, Any]) -> TrainConfig:
+    """The run that :meth:`TrainConfig.to_json` described.
+
+    Args:
+        document: what it returned, possibly after a trip through JSON.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: an unknown key (from another version of pyeff), or a value out of range.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    unknown: Sequence[str] = sorted(set(document) - known)
+    if unknown:
+        raise ValueError(f"TrainConfig: keys must be known ones, got {unknown}")
+    return TrainConfig(**document)
+
+
+def _check(config: TrainConfig, name: str, holds: bool, contract: str) -> None:
+    if not holds:
+        raise ValueError(f"TrainConfig: {name} must {contract}, got {getattr(config, name)!r}")

@@ -1,0 +1,105 @@
+"""Accuracy of every (task, level), and the table of it beside the costs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff._extras import require
+from pyeff.train.batches import normalise
+from pyeff.train.network import call, levels_of
+from pyeff.train.processes import Processes
+from pyeff.train.tasks import TaskData
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """One line of the table: what a level costs and what it gives.
+
+    Attributes:
+        task: name.
+        level: from 1.
+        accuracy: share of test images, 0..1; ``None`` where no data was given.
+        params: parameters in use.
+        macs: multiply-adds an image.
+        weight_bytes: bytes of those parameters.
+        peak_bytes: largest sum of activations alive at once, an image.
+        latency_s: seconds an image, measured; ``None`` if not measured.
+    """
+
+    task: str
+    level: int
+    accuracy: float | None
+    params: int
+    macs: int
+    weight_bytes: int
+    peak_bytes: int
+    latency_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradient, then the mode from before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate(
+    model: nn.Module,
+    tasks: Sequence[TaskData],
+    *,
+    processes: Processes | None = None,
+    batch_size: int = 500,
+) -> dict[tuple[str, int], float]:
+    """Test accuracy of every (task, level), in the precision of the weights.
+
+    Args:
+        model: nested, or plain.
+        tasks: the test images.
+        processes: who shares the work; each takes every so manieth image and the counts are
+            summed. ``None`` is this process alone, on the model's device.
+        batch_size: images a call.
+
+    Returns:
+        ``(task name, level)`` to the share of right answers, 0..1, alike in every process.
+
+    Raises:
+        ImportError: torchmetrics is missing.
+    """
+    classification = require("torchmetrics.classification", "train", "to evaluate")
+    like = next(model.parameters())
+    rank, ranks = (processes.rank, processes.ranks) if processes else (0, 1)
+    results, levels = {}, levels_of(model)
+    with evaluating(model):
+        for task in tasks:
+            metrics = [
+                classification.MulticlassAccuracy(task.classes, average="micro").to(like.device)
+                for _ in range(levels)
+            ]
+            for x, y in _test_batches(task, batch_size, rank, ranks, like):
+                for level, metric in enumerate(metrics, start=1):
+                    metric.update(call(model, x, task.name, level), y)
+            for level, metric in enumerate(metrics, start=1):
+                results[task.name, level] = float(metric.compute())
+    return results
+
+
+def _test_batches(
+    task: TaskData, batch_size: int, rank: int, ranks: int, like: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = task.test_images[rank::ranks], task.test_labels[rank::ranks]
+    for begin in range(0, len(labels), batch_size):
+        piece = images[begin : begin + batch_size].to(like.device)
+        x = normalise(piece, task.mean, task.std).to(like.dtype)
+        yield x, labels[begin : begin + batch_size].to(like.device)

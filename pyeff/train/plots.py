@@ -1,0 +1,68 @@
+"""Plots of accuracy against what a level costs."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyeff._extras import require
+from pyeff.checkpoint import write_bytes_atomically
+from pyeff.train.evaluate import LevelResult
+
+_AXES = (("params", "parameters"), ("macs", "multiply-adds an image"))
+
+
+def plot_levels(
+    results: Sequence[LevelResult],
+    path: Path,
+    *,
+    dense: Sequence[LevelResult] = (),
+    title: str | None = None,
+) -> None:
+    """Draws accuracy against parameters and against MACs: a line a task, a point a level.
+
+    Args:
+        results: the table of a nested network; lines without accuracy are left out.
+        path: the picture, by its suffix (.png, .svg, .pdf); written atomically.
+        dense: tables of networks trained alone, drawn as stars in their task's colour.
+        title: over the picture.
+
+    Raises:
+        ValueError: no line has an accuracy.
+        ImportError: matplotlib is missing.
+    """
+    require("matplotlib", "train", "to draw plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [r for r in results if r.accuracy is not None]
+    if not shown:
+        raise ValueError("plot_levels: results must hold accuracies, got none")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    # The canvas is named, so that no window system is asked for.
+    FigureCanvasAgg(figure)
+    for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), _AXES, strict=True):
+        for index, task in enumerate(dict.fromkeys(r.task for r in shown)):
+            color = f"C{index}"
+            points = [(getattr(r, field), 100 * (r.accuracy or 0), r.level) for r in shown if r.task == task]
+            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=color, label=task)
+            for x, y, level in points:
+                axes.annotate(str(level), (x, y), textcoords="offset points", xytext=(4, -11))
+            alone = [r for r in dense if r.task == task and r.accuracy is not None]
+            axes.plot(
+                [getattr(r, field) for r in alone],
+                [100 * (r.accuracy or 0) for r in alone],
+                "*",
+                color=color,
+                markersize=13,
+                label=f"{task}, trained alone" if alone else None,
+            )
+        axes.set_xlabel(label)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[0].legend()
+    if title:
+        figure.suptitle(title)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=120)
+    write_bytes_atomically(path, picture.getvalue())

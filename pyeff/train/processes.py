@@ -1,0 +1,113 @@
+"""One process or several: rank, device, and the few sums that ranks exchange."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is.
+
+    Attributes:
+        rank: from 0.
+        ranks: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and speaks to the user."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average of values over all processes, alike in every process.
+
+        Args:
+            values: any shape; averaged in its dtype.
+
+        Returns:
+            The mean, of the same shape.
+        """
+        if self.ranks == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.ranks
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raised its flag; alike in every process."""
+        if self.ranks == 1:
+            return flag
+        raised = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(raised)
+        return bool(raised.item() > 0)
+
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Gives every process the buffers (batch norm statistics) of the first."""
+        if self.ranks > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for a name.
+
+    Args:
+        name: ``auto`` (CUDA where there is one), or a torch device such as ``cpu``, ``cuda:1``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} must be usable, got a machine without CUDA")
+    return device
+
+
+@contextmanager
+def joined(device_name: str) -> Iterator[Processes]:
+    """Joins the processes that ``torchrun`` started, if it did; leaves them at the end.
+
+    A process group that is there already is used and left standing. CPU processes speak gloo,
+    CUDA processes nccl, one GPU each.
+
+    Args:
+        device_name: see :func:`choose_device`.
+
+    Yields:
+        Who this process is.
+    """
+    device = choose_device(device_name)
+    started = not dist.is_initialized() and dist.is_torchelastic_launched()
+    if device.type == "cuda" and (started or dist.is_initialized()) and device.index is None:
+        device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+        torch.cuda.set_device(device)
+    if started:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if dist.is_initialized():
+            yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        else:
+            yield Processes(0, 1, device)
+    finally:
+        if started:
+            dist.destroy_process_group()

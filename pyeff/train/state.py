@@ -1,0 +1,148 @@
+"""A training run on disk: everything that the next step depends on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff.checkpoint import (
+    FILE_NAME,
+    config_differences,
+    load_model_tensors,
+    model_config,
+    model_tensors,
+    read_archive,
+    write_archive,
+)
+from pyeff.train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+_RANDOM = "random.cpu"
+_LOSS_SUM, _LOSS_COUNT = "progress.loss_sum", "progress.loss_count"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        loss_sum: of this epoch's steps so far, float64 ``[tasks, levels]``.
+        loss_count: how many losses are in each sum, float64 ``[tasks, levels]``.
+        seconds: spent in training so far, over all sessions.
+    """
+
+    step: int
+    loss_sum: Tensor
+    loss_count: Tensor
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, tasks: int, levels: int) -> "Progress":
+        zeros = torch.zeros(tasks, levels, dtype=torch.float64)
+        return cls(0, zeros.clone(), zeros.clone())
+
+
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    progress: Progress,
+    meta: dict[str, Any],
+) -> None:
+    """Writes a run's state, atomically.
+
+    Args:
+        path: the file to write or replace.
+        model: with its ``config``.
+        optimizer: whose momentum is kept.
+        progress: where the run stands.
+        meta: more to keep (JSON-able): the run's configuration, its tasks, the metrics so far.
+
+    Raises:
+        FloatingPointError: a weight is not finite; the file that stands already is kept.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise FloatingPointError(
+                f"train: weights must be finite to be saved, got {name} after step {progress.step} "
+                f"with values that are not; {kept(path)}"
+            )
+    tensors = {
+        **model_tensors(model),
+        **optimizer_tensors(model, optimizer),
+        _RANDOM: torch.get_rng_state(),
+        _LOSS_SUM: progress.loss_sum,
+        _LOSS_COUNT: progress.loss_count,
+    }
+    document = {
+        **meta,
+        "kind": "training",
+        "model": model_config(model),
+        "step": progress.step,
+        "seconds": progress.seconds,
+    }
+    write_archive(path, tensors, document)
+
+
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, deciding: dict[str, Any]
+) -> tuple[Progress, dict[str, Any]]:
+    """Restores a run's state exactly.
+
+    Args:
+        path: what :func:`save_state` wrote.
+        model: of the same configuration; filled.
+        optimizer: over its parameters; filled.
+        deciding: the settings of this run that decide its result.
+
+    Returns:
+        Where the run stands, and the other things that were kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another model, or of a run with other settings; the message
+            lists what differs.
+    """
+    tensors, meta = read_archive(path)
+    if meta.get("kind") != "training":
+        raise ValueError(f"resume: {path} must be a training run, got a {meta.get('kind')}")
+    differences = config_differences(meta["model"], model_config(model))
+    if differences:
+        raise ValueError(
+            f"resume: {path} must be of the same model, got: " + "; ".join(differences)
+        )
+    differences = config_differences(meta["deciding"], deciding)
+    if differences:
+        raise ValueError(
+            f"resume: {path} must be of a run with the same settings, got: "
+            + "; ".join(differences)
+        )
+    load_model_tensors(model, tensors, str(path))
+    load_optimizer_tensors(model, optimizer, tensors)
+    torch.set_rng_state(tensors[_RANDOM])
+    progress = Progress(
+        int(meta["step"]), tensors[_LOSS_SUM], tensors[_LOSS_COUNT], float(meta["seconds"])
+    )
+    return progress, meta
+
+
+def kept(path: Path) -> str:
+    """The end of an error message: which checkpoint is still good."""
+    return f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
+
+
+def read_config(out: str) -> dict[str, Any]:
+    """The settings of the run whose checkpoint is in a folder, as JSON.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is damaged, or not a training run's.
+    """
+    path = Path(out) / FILE_NAME
+    _, meta = read_archive(path)
+    if meta.get("kind") != "training":
+        raise ValueError(f"resume: {path} must be a training run, got a {meta.get('kind')}")
+    config: dict[str, Any] = meta["config"]
+    return config
