@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,7 +42,8 @@ def level_costs(
     if not latency:
         return costs
     nets = [model.materialise(task, cost.level).eval() for cost in costs]
-    nets = [net.to(memory_format=torch.channels_last) for net in nets]
+    for net in nets:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in stub
     x = torch.randn(1, *image, device=weight.device, dtype=weight.dtype)
     seconds = measure_latency(nets, x.to(memory_format=torch.channels_last))
     return [replace(cost, latency_s=time) for cost, time in zip(costs, seconds, strict=True)]
@@ -88,9 +89,12 @@ def _image(
 
 def _kept(model: NestedResNet, task: int, level: int) -> Callable[[str], int]:
     """How many weights a level keeps, by the name of the layer in the plain network."""
-    kept = {"stem.conv": model.stem_of(task).conv, "head": model.head_of(task, level)}
+    kept: dict[str, Any] = {
+        "stem.conv": model.stem_of(task).conv,
+        "head": model.head_of(task, level),
+    }
     for place, index in enumerate(model.blocks_at(level)):
-        block = model.blocks[index]
+        block = model.block(index)
         for name in block.conv_grids:
             kept[f"blocks.{place}.{name}"] = getattr(block, name)
     return lambda name: int(kept[name].mask(level).sum())

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from pyeff.models.layout import Active
 from pyeff.models.resnet import Plan, ResNet, plan_of
-from pyeff.nn import NestedBatchNorm2d, NestedMaskedConv2d, NestedMaskedLinear, Range
+from pyeff.nn import (
+    NestedBatchNorm2d,
+    NestedConv2d,
+    NestedLinear,
+    NestedMaskedConv2d,
+    NestedMaskedLinear,
+    Range,
+)
 
 if TYPE_CHECKING:
     from pyeff.models.nested_resnet import NestedResNet
@@ -41,11 +48,11 @@ def materialise_level(model: NestedResNet, active: Active) -> ResNet:
     layout, ranges = model.layout, active.ranges
     stem = model.stem_of(active.task)
     copy_conv(plain.stem.conv, stem.conv, active, None, ranges[layout.stem])
-    if plain.stem.norm is not None:
+    if plain.stem.norm is not None and stem.norm is not None:
         own = active._replace(task=0) if stem.own else active
         copy_norm(plain.stem.norm, stem.norm, own, ranges[layout.stem])
     for target, index in zip(plain.blocks, model.blocks_at(active.level), strict=True):
-        block = model.blocks[index]
+        block = model.block(index)
         for name, (inputs, outputs) in block.conv_grids.items():
             in_range = ranges[inputs] if layout.groups == 1 else None
             copy_conv(
@@ -53,7 +60,7 @@ def materialise_level(model: NestedResNet, active: Active) -> ResNet:
             )
         for name, grid in block.norm_grids.items():
             copy_norm(getattr(target, name), getattr(block, name), active, ranges[grid])
-    if plain.norm is not None:
+    if plain.norm is not None and model.norm is not None:
         copy_norm(plain.norm, model.norm, active, ranges[layout.features])
     head = model.head_of(active.task, active.level)
     low, high = ranges[layout.features]
@@ -62,14 +69,17 @@ def materialise_level(model: NestedResNet, active: Active) -> ResNet:
     return plain.train(model.training)
 
 
-def _active_weight(layer: nn.Module, active: Active) -> Tensor:
+Weighted = NestedConv2d | NestedLinear | NestedMaskedConv2d | NestedMaskedLinear
+
+
+def _active_weight(layer: Weighted, active: Active) -> Tensor:
     if isinstance(layer, NestedMaskedConv2d | NestedMaskedLinear):
         return layer.masked_weight(active.level)
     return layer.weight
 
 
 def copy_conv(
-    target: nn.Conv2d, layer: nn.Module, active: Active, inputs: Range | None, outputs: Range
+    target: nn.Conv2d, layer: Weighted, active: Active, inputs: Range | None, outputs: Range
 ) -> None:
     """Copies the active part of a nested convolution into a plain one."""
     weight = _active_weight(layer, active)[outputs[0] : outputs[1]]
@@ -83,11 +93,15 @@ def copy_norm(
 ) -> None:
     """Copies a task's and level's part of a nested norm into a plain one."""
     mean, var, weight, bias = layer.row(active.task, active.level, channels)
-    target.running_mean.copy_(mean)
-    target.running_var.copy_(var)
-    target.num_batches_tracked.copy_(layer.batches(active.task, active.level))
-    target.weight.copy_(torch.ones_like(mean) if weight is None else weight)
-    target.bias.copy_(torch.zeros_like(mean) if bias is None else bias)
+    target.load_state_dict(
+        {
+            "running_mean": mean,
+            "running_var": var,
+            "num_batches_tracked": layer.batches(active.task, active.level),
+            "weight": torch.ones_like(mean) if weight is None else weight,
+            "bias": torch.zeros_like(mean) if bias is None else bias,
+        }
+    )
     target.eps, target.momentum = layer.eps, layer.momentum
 
 
@@ -122,26 +136,26 @@ def load_backbone(
         )
     stem = model.stem_of(active.task)
     stem.conv.weight.copy_(backbone.stem.conv.weight)
-    if stem.norm is not None:
-        _spread_norm(stem.norm, backbone.stem.norm)
-    for block, source in zip(model.blocks, backbone.blocks, strict=True):
+    _spread_norm(stem.norm, backbone.stem.norm)
+    for index, source in enumerate(backbone.blocks):
+        block = model.block(index)
         for name in block.conv_grids:
             getattr(block, name).weight.copy_(getattr(source, name).weight)
         for name in block.norm_grids:
             _spread_norm(getattr(block, name), getattr(source, name))
-    if model.norm is not None:
-        _spread_norm(model.norm, backbone.norm)
-    for head in model.heads[active.task]:
+    _spread_norm(model.norm, backbone.norm)
+    for head in model.heads_of(active.task):
         if head.out_features == backbone.head.out_features:
-            head.load_state_dict(backbone.head.state_dict(), strict=False)
+            head.weight.copy_(backbone.head.weight)
+            head.bias.copy_(backbone.head.bias)
     return model
 
 
-def _spread_norm(norm: NestedBatchNorm2d, source: nn.BatchNorm2d) -> None:
-    norm.running_mean.copy_(source.running_mean.expand_as(norm.running_mean))
-    norm.running_var.copy_(source.running_var.expand_as(norm.running_var))
-    norm.num_batches_tracked.fill_(source.num_batches_tracked)
-    if norm.weight is not None and norm.bias is not None:
-        norm.weight.copy_(source.weight.expand_as(norm.weight))
-        norm.bias.copy_(source.bias.expand_as(norm.bias))
+def _spread_norm(norm: NestedBatchNorm2d | None, source: nn.BatchNorm2d | None) -> None:
+    """Copies a plain norm to every task and level of a nested one."""
+    if norm is None or source is None:
+        return
+    values = source.state_dict()
+    for name, target in norm.state_dict().items():
+        target.copy_(values[name].expand_as(target))
     norm.eps = source.eps

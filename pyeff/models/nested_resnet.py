@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class NestedOptions:
 
 
 class NestedResNet(nn.Module):
-    """A residual network that serves several tasks at several levels; built by ``dvn``/``nestednet``.
+    """A residual network that serves several tasks at several levels (``dvn``, ``nestednet``).
 
     What is active is worked out once in a forward pass and handed down as one
     :class:`~pyeff.models.layout.Active`; the modules keep no state between calls.
@@ -103,14 +103,24 @@ class NestedResNet(nn.Module):
             )
         return nn.ModuleList(NestedLinear(features, size) for size in sizes)
 
-    def head_of(self, task: int, level: int) -> nn.Module:
+    def head_of(self, task: int, level: int) -> NestedLinear | NestedMaskedLinear:
         """The classifier of a task (index) at a level."""
-        heads = self.heads[task]
-        return heads[level - 1] if self.options.level_heads else heads[0]  # type: ignore[index]
+        heads = cast(nn.ModuleList, self.heads[task])
+        head = heads[level - 1 if self.options.level_heads else 0]
+        return cast(NestedLinear | NestedMaskedLinear, head)
 
-    def stem_of(self, task: int) -> nn.Module:
+    def heads_of(self, task: int) -> list[NestedLinear | NestedMaskedLinear]:
+        """All classifiers of a task (index): one, or one for each level."""
+        heads = cast(nn.ModuleList, self.heads[task])
+        return [cast(NestedLinear | NestedMaskedLinear, head) for head in heads]
+
+    def stem_of(self, task: int) -> NestedStem:
         """The stem of a task (index)."""
-        return self.stems[task if self.options.task_stems else 0]
+        return cast(NestedStem, self.stems[task if self.options.task_stems else 0])
+
+    def block(self, index: int) -> NestedBlock:
+        """The block with that index."""
+        return cast(NestedBlock, self.blocks[index])
 
     def classes(self, task: str | int | None = None, level: int | None = None) -> int:
         """How many classes a task has at a level (``None``: the only task, the largest level)."""
@@ -256,7 +266,7 @@ class NestedResNet(nn.Module):
         tasks = self._per_image(task, len(x), "task")
         levels = self._per_image(level, len(x), "level")
         for row, (one_task, one_level) in enumerate(zip(tasks, levels, strict=True)):
-            active = self.activate(one_task, one_level)  # type: ignore[arg-type]
+            active = self.activate(one_task, one_level)
             groups.setdefault((active.task, active.level), []).append(row)
         most = max(max(classes) for classes in self._classes)
         out = x.new_full((len(x), most), float("-inf"))

@@ -159,13 +159,9 @@ class NestedBatchNorm2d(nn.Module):
 
     def _check(self, x: Tensor, task: int, level: int, low: int, high: int) -> None:
         if not 0 <= task < self.tasks:
-            raise ValueError(
-                f"NestedBatchNorm2d: task must be in 0..{self.tasks - 1}, got {task}"
-            )
+            raise ValueError(f"NestedBatchNorm2d: task must be in 0..{self.tasks - 1}, got {task}")
         if not 1 <= level <= self.levels:
-            raise ValueError(
-                f"NestedBatchNorm2d: level must be in 1..{self.levels}, got {level}"
-            )
+            raise ValueError(f"NestedBatchNorm2d: level must be in 1..{self.levels}, got {level}")
         if not 0 <= low < high <= self.channels or x.shape[1] != high - low:
             raise ValueError(
                 f"NestedBatchNorm2d: x must have the channels of channel_range ({low}, {high}) "

@@ -52,7 +52,7 @@ class NestedConv2d(nn.Conv2d):
             dtype=dtype,
         )
 
-    def forward(  # type: ignore[override]  # takes more than nn.Conv2d's forward does
+    def forward(
         self, x: Tensor, in_range: Range | None = None, out_range: Range | None = None
     ) -> Tensor:
         """Convolves with the active part of the weight.
@@ -72,7 +72,7 @@ class NestedConv2d(nn.Conv2d):
             in_range=in_range,
             out_range=out_range,
             stride=self.stride,  # type: ignore[arg-type]  # torch types it as tuple[int, ...]
-            padding=self.padding,
+            padding=self.padding,  # type: ignore[arg-type]  # as above
             dilation=self.dilation,  # type: ignore[arg-type]  # as above
             groups=self.groups,
         )

@@ -19,7 +19,7 @@ class NestedLinear(nn.Linear):
         torch.Size([2, 3])
     """
 
-    def forward(  # type: ignore[override]  # takes more than nn.Linear's forward does
+    def forward(
         self, x: Tensor, in_range: Range | None = None, out_range: Range | None = None
     ) -> Tensor:
         """Multiplies by the active part of the weight.
@@ -35,7 +35,8 @@ class NestedLinear(nn.Linear):
         Raises:
             ValueError: a range outside the layer.
         """
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if out_range is not None:
             low, high = _checked(out_range, self.out_features, "out_range")
             weight = weight[low:high]

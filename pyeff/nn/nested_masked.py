@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from pyeff.ops import nested_conv2d
 
 
-class _LevelMask(nn.Module):
+class LevelMask(nn.Module):
     """What the masked layers share: for every weight, the first level that has it.
 
     One number per weight and not one mask per level, so that the masks are nested by
     construction: M_1 <= M_2 <= ... <= M_L.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     first_level: Tensor
     levels: int
 
@@ -23,7 +23,8 @@ class _LevelMask(nn.Module):
             raise ValueError(f"{type(self).__name__}: levels must be in 1..254, got {levels}")
         self.levels = levels
         self.register_buffer(
-            "first_level", torch.ones(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
+            "first_level",
+            torch.ones(self.weight.shape, dtype=torch.uint8, device=self.weight.device),
         )
 
     def mask(self, level: int) -> Tensor:
@@ -66,7 +67,7 @@ class _LevelMask(nn.Module):
         self.first_level.copy_(first.view_as(self.first_level))
 
 
-class NestedMaskedConv2d(nn.Conv2d, _LevelMask):
+class NestedMaskedConv2d(LevelMask, nn.Conv2d):
     """``nn.Conv2d`` whose levels are nested sets of single weights.
 
     Args:
@@ -93,18 +94,18 @@ class NestedMaskedConv2d(nn.Conv2d, _LevelMask):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self._start(levels)
 
-    def forward(self, x: Tensor, level: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, level: int | None = None) -> Tensor:
         """Convolves ``x`` ``[N, C, H, W]`` with the weights of a level (``None``: the largest)."""
         return nested_conv2d(
             x,
             self.masked_weight(level),
             self.bias,
             stride=self.stride,  # type: ignore[arg-type]  # torch types it as tuple[int, ...]
-            padding=self.padding,
+            padding=self.padding,  # type: ignore[arg-type]  # as above
         )
 
 
-class NestedMaskedLinear(nn.Linear, _LevelMask):
+class NestedMaskedLinear(LevelMask, nn.Linear):
     """``nn.Linear`` whose levels are nested sets of single weights.
 
     Args:
@@ -117,6 +118,6 @@ class NestedMaskedLinear(nn.Linear, _LevelMask):
         super().__init__(in_features, out_features, bias)
         self._start(levels)
 
-    def forward(self, x: Tensor, level: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, level: int | None = None) -> Tensor:
         """Multiplies ``x`` ``[..., I]`` by the weights of a level (``None``: the largest)."""
         return F.linear(x, self.masked_weight(level), self.bias)

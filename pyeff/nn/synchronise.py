@@ -38,7 +38,9 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def synchronise_batch_norm(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
+def synchronise_batch_norm(
+    model: nn.Module, process_group: ProcessGroup | None = None
+) -> nn.Module:
     """Makes every batch norm in ``model`` use the batch statistics of all processes in training.
 
     ``NestedBatchNorm2d`` is told to; ``nn.BatchNorm2d`` is replaced by
