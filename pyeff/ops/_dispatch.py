@@ -70,6 +70,11 @@ def _table(device_type: str) -> dict[str, Any]:
     return table
 
 
+def forced_backend() -> str | None:
+    """The backend of the surrounding ``with pyeff.backend(...)``, if any."""
+    return _forced.get()
+
+
 def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
     """The backend for one call.
 

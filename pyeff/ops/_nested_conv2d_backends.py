@@ -62,7 +62,8 @@ def forward(
     """y [N, o, H', W'], channels_last; ``recording`` says that a weight gradient will follow."""
     name = choose(OP, x, direction="train" if recording else "forward")
     if name == "cpp":
-        return _cpp_forward(x, weight, bias, conv, recording)
+        call = cpp_call(x, weight, conv)
+        return cpp_forward(call, x, weight, bias, *_indices(conv), recording)
     if name == "triton":
         return _triton().forward(as_channels_last(x), weight, bias, *conv)
     _refuse_cuda(name)
@@ -120,9 +121,12 @@ def grad_weight(
         )
         return result
     if name == "triton":
-        return _triton().grad_weight(
+        result = _triton().grad_weight(
             as_channels_last(grad_y), as_channels_last(x), weight_shape, *conv
         )
+        if result.stride() == weight_strides:
+            return result
+        return x.new_empty_strided(weight_shape, weight_strides).copy_(result)
     _refuse_cuda(name)
     weight = x.new_empty_strided(weight_shape, weight_strides)
     part = _torch_gradients(grad_y, x, weight, conv, (False, True))[1]
@@ -132,15 +136,38 @@ def grad_weight(
 # --- cpp ------------------------------------------------------------------------------------------
 
 
-def _cpp_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, recording: bool
+class CppCall(NamedTuple):
+    """What a forward call of the cpp backend needs beside its tensors; depends on shapes only."""
+
+    shape: tuple[int, ...]  # of y
+    strides: tuple[int, ...]
+    problem: tuple[int, ...]
+    groups: int
+
+
+def cpp_call(x: Tensor, weight: Tensor, conv: Conv) -> CppCall:
+    """The call for tensors of these shapes and the present number of threads."""
+    n, c, h, w = conv.output_shape(x, weight)
+    return CppCall((n, c, h, w), (h * w * c, 1, w * c, c), _problem(conv), conv.groups)
+
+
+def cpp_forward(
+    call: CppCall,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+    recording: bool = False,
 ) -> Tensor:
-    y = empty_channels_last(x, *conv.output_shape(x, weight))
-    packed = None if recording else packed_weight(weight, conv.groups)
+    """Forward on the CPU kernels."""
+    y = x.new_empty_strided(call.shape, call.strides)
+    packed = None if recording else packed_weight(weight, call.groups)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    x = as_channels_last(x)
-    _C.nested_conv2d_forward(x, weight, packed, bias, y, *_indices(conv), _problem(conv))
+    _C.nested_conv2d_forward(
+        as_channels_last(x), weight, packed, bias, y, in_index, out_index, call.problem
+    )
     return y
 
 

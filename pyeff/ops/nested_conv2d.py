@@ -1,12 +1,14 @@
 """Convolution with a part of one weight that is shared by many nested levels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyeff.ops import _nested_conv2d_backends as backends
 from pyeff.ops._conv_args import Pair, padding_sides, pair
+from pyeff.ops._dispatch import choose, forced_backend
 from pyeff.ops._eager import is_plain, needs_composition
 from pyeff.ops._nested_conv2d_backends import OP, Conv, Selection
 from pyeff.ops._nested_conv2d_op import NestedConv2d, forward_op, lower
@@ -71,28 +73,122 @@ def nested_conv2d(
         >>> nested_conv2d(x, weight, in_range=(0, 8), out_range=(0, 16), padding=1).shape
         torch.Size([1, 16, 28, 28])
     """
-    _check_tensors(x, weight, bias)
-    stride = pair(OP, "stride", stride, 1)
-    dilation = pair(OP, "dilation", dilation, 1)
-    sides = padding_sides(OP, padding, (weight.shape[2], weight.shape[3]), stride, dilation)
-    inputs = _selection("in", in_range, in_index, weight.shape[1] * groups, weight, validate)
-    outputs = _selection("out", out_range, out_index, weight.shape[0], weight, validate)
-    conv = Conv(inputs, outputs, stride, sides, dilation, groups)
-    _check_shapes(x, weight, conv)
+    plain = is_plain(x, weight, bias)
+    if plain and in_index is None and out_index is None:
+        plan = _known_plan(x, weight, bias, in_range, out_range, stride, padding, dilation, groups)
+    else:
+        conv = _checked(
+            (x, weight, bias),
+            (in_range, in_index),
+            (out_range, out_index),
+            stride,
+            padding,
+            dilation,
+            groups,
+            validate=validate,
+        )
+        if not plain:
+            if needs_composition():
+                return backends.compose(x, weight, bias, conv)
+            result: Tensor = forward_op(x, weight, bias, *lower(conv))
+            return result
+        plan = _Plan(conv, None)
 
-    if not is_plain(x, weight, bias):
-        if needs_composition():
-            return backends.compose(x, weight, bias, conv)
-        result: Tensor = forward_op(x, weight, bias, *lower(conv))
-        return result
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return NestedConv2d.apply(x, weight, bias, conv)
-    return backends.forward(x, weight, bias, conv)
+        return NestedConv2d.apply(x, weight, bias, plan.conv)
+    if plan.cpp is not None:
+        return backends.cpp_forward(plan.cpp, x, weight, bias)
+    return backends.forward(x, weight, bias, plan.conv)
+
+
+# --- repeated calls -------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """A checked call: what to run, and the cpp backend's form of it where that will run."""
+
+    conv: Conv
+    cpp: backends.CppCall | None
+
+
+_MAX_PLANS = 4096
+_plans: dict[Hashable, _Plan] = {}
+
+
+def _known_plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> _Plan:
+    """The plan of a call with ranges; checking it again costs more than a small convolution.
+
+    The key holds everything that the checks and the choice of a backend depend on.
+    """
+    key = (
+        x.shape,
+        x.dtype,
+        x.device,
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        options,
+        torch.get_num_threads(),
+        forced_backend(),
+    )
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # a list where a tuple was meant; the checks accept it or say what is wrong
+        return _make_plan(x, weight, bias, *options)
+    if plan is None:
+        plan = _make_plan(x, weight, bias, *options)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _make_plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_range: Pair | None,
+    out_range: Pair | None,
+    *options: Any,
+) -> _Plan:
+    conv = _checked((x, weight, bias), (in_range, None), (out_range, None), *options)
+    cpp = backends.cpp_call(x, weight, conv) if choose(OP, x) == "cpp" else None
+    return _Plan(conv, cpp)
 
 
 # --- arguments ------------------------------------------------------------------------------------
+
+
+def _checked(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    inputs: tuple[Pair | None, Tensor | None],  # range, index
+    outputs: tuple[Pair | None, Tensor | None],
+    stride: int | Pair,
+    padding: int | str | Pair,
+    dilation: int | Pair,
+    groups: int,
+    *,
+    validate: bool = False,
+) -> Conv:
+    """The arguments in one form, after every check of the public function."""
+    x, weight, _ = tensors
+    _check_tensors(*tensors)
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"{OP}: groups must be at least 1 and divide the weight's {weight.shape[0]} output "
+            f"channels, got {groups!r}"
+        )
+    stride = pair(OP, "stride", stride, 1)
+    dilation = pair(OP, "dilation", dilation, 1)
+    sides = padding_sides(OP, padding, (weight.shape[2], weight.shape[3]), stride, dilation)
+    selected_in = _selection("in", *inputs, weight.shape[1] * groups, weight, validate)
+    selected_out = _selection("out", *outputs, weight.shape[0], weight, validate)
+    conv = Conv(selected_in, selected_out, stride, sides, dilation, groups)
+    _check_shapes(x, weight, conv)
+    return conv
 
 
 def _require(condition: bool, message: Callable[[], str]) -> None:
@@ -202,13 +298,7 @@ def _index(side: str, index: Tensor, channels: int, weight: Tensor, validate: bo
 
 
 def _check_shapes(x: Tensor, weight: Tensor, conv: Conv) -> None:
-    groups = conv.groups
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups != 0:
-        raise ValueError(
-            f"{OP}: groups must be at least 1 and divide the weight's {weight.shape[0]} output "
-            f"channels, got {groups!r}"
-        )
-    if groups > 1:
+    if conv.groups > 1:
         _check_groups(weight, conv)
     selected = backends.count(conv.in_selection)
     _require(
