@@ -1,7 +1,8 @@
 """Counting what a network of plain torch layers costs, without running its arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,7 @@ def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> list[LayerCost
 
     def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
+            weight = cast(Tensor, layer.weight)
             positions = out.numel() // weight.shape[0]
             found.append(LayerCost(name, weight.numel(), weight.numel() * positions))
 
@@ -86,7 +86,7 @@ def measure_cost(
     model: nn.Module,
     image: tuple[int, int, int],
     level: int = 1,
-    kept: Callable[[str], int] | None = None,
+    kept: Mapping[str, int] | None = None,
 ) -> LevelCost:
     """What a network of torch layers costs for one image, without its latency.
 
@@ -94,8 +94,8 @@ def measure_cost(
         model: a network of torch layers in eval mode on the meta device.
         image: (channels, height, width).
         level: the level to name in the result.
-        kept: for the name of a convolution or linear layer, how many of its weights are not
-            masked; ``None`` where none is masked. Masked weights count in no column.
+        kept: by the name of a layer with masked weights, how many of them are not masked. Masked
+            weights count in no column.
 
     Raises:
         ValueError: a network that is not on the meta device or is in training mode.
@@ -111,7 +111,7 @@ def measure_cost(
     weights = macs = 0
     size = next(model.parameters()).element_size()
     for layer in layers:
-        present = layer.weights if kept is None else kept(layer.name)
+        present = layer.weights if kept is None else kept.get(layer.name, layer.weights)
         weights += present
         macs += layer.macs * present // layer.weights
         params -= layer.weights - present

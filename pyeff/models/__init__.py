@@ -6,6 +6,7 @@ from pyeff.models.dvn import DVN, dvn
 from pyeff.models.layout import Active
 from pyeff.models.materialise import load_backbone
 from pyeff.models.nested_resnet import NestedResNet
+from pyeff.models.nestednet import NestedNet, nestednet
 from pyeff.models.resnet import ResNet, build_backbone
 from pyeff.models.units import active_interval, unit_order
 
@@ -14,6 +15,7 @@ __all__ = [
     "DVN",
     "Active",
     "Backbone",
+    "NestedNet",
     "NestedResNet",
     "ResNet",
     "active_interval",
@@ -22,5 +24,6 @@ __all__ = [
     "build_backbone",
     "dvn",
     "load_backbone",
+    "nestednet",
     "unit_order",
 ]

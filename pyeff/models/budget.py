@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,7 +37,7 @@ def level_costs(
         active = model.activate(task, level)
         with torch.device("meta"):
             plain = ResNet(plan_level(model, active)).to(weight.dtype).eval()
-        kept = _kept(model, active.task, level) if model.options.masked else None
+        kept = _kept(model, level) if model.options.masked else None
         costs.append(measure_cost(plain, image, level, kept))
     if not latency:
         return costs
@@ -87,14 +87,11 @@ def _image(
     return model.options.in_channels, height, width
 
 
-def _kept(model: NestedResNet, task: int, level: int) -> Callable[[str], int]:
-    """How many weights a level keeps, by the name of the layer in the plain network."""
-    kept: dict[str, Any] = {
-        "stem.conv": model.stem_of(task).conv,
-        "head": model.head_of(task, level),
-    }
+def _kept(model: NestedResNet, level: int) -> dict[str, int]:
+    """How many weights a level keeps, by the name of the masked layer in the plain network."""
+    kept = {}
     for place, index in enumerate(model.blocks_at(level)):
         block = model.block(index)
         for name in block.conv_grids:
-            kept[f"blocks.{place}.{name}"] = getattr(block, name)
-    return lambda name: int(kept[name].mask(level).sum())
+            kept[f"blocks.{place}.{name}"] = int(getattr(block, name).mask(level).sum())
+    return kept

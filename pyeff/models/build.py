@@ -6,11 +6,13 @@ from typing import Any
 from torch import nn
 
 from pyeff.models.dvn import dvn
+from pyeff.models.nestednet import nestednet
 from pyeff.models.resnet import build_backbone
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "backbone": build_backbone,
     "dvn": dvn,
+    "nestednet": nestednet,
 }
 
 

@@ -14,7 +14,6 @@ from pyeff.nn import (
     NestedConv2d,
     NestedLinear,
     NestedMaskedConv2d,
-    NestedMaskedLinear,
     Range,
 )
 
@@ -69,11 +68,11 @@ def materialise_level(model: NestedResNet, active: Active) -> ResNet:
     return plain.train(model.training)
 
 
-Weighted = NestedConv2d | NestedLinear | NestedMaskedConv2d | NestedMaskedLinear
+Weighted = NestedConv2d | NestedLinear | NestedMaskedConv2d
 
 
 def _active_weight(layer: Weighted, active: Active) -> Tensor:
-    if isinstance(layer, NestedMaskedConv2d | NestedMaskedLinear):
+    if isinstance(layer, NestedMaskedConv2d):
         return layer.masked_weight(active.level)
     return layer.weight
 

@@ -112,26 +112,19 @@ class NestedStem(nn.Module):
         grid: grid of its outputs.
         norms: what the batch norms have in common.
         own: whether it serves one task only (its norm then keeps one task's statistics).
-        masked: whether levels mask single weights.
     """
 
-    def __init__(
-        self, plan: StemPlan, grid: int, norms: NormOptions, own: bool, masked: bool = False
-    ) -> None:
+    def __init__(self, plan: StemPlan, grid: int, norms: NormOptions, own: bool) -> None:
         super().__init__()
-        self.grid, self.own, self.masked, self.pool = grid, own, masked, plan.pool
+        self.grid, self.own, self.pool = grid, own, plan.pool
         shape = (plan.inputs, plan.outputs, plan.kernel, plan.stride, plan.kernel // 2)
-        self.conv: NestedConv2d | NestedMaskedConv2d
-        if masked:
-            self.conv = NestedMaskedConv2d(*shape, bias=False, levels=norms.levels)
-        else:
-            self.conv = NestedConv2d(*shape, bias=False)
+        self.conv = NestedConv2d(*shape, bias=False)
         self.norm = norms.build(plan.outputs, 1 if own else None) if plan.norm else None
 
     def forward(self, x: Tensor, active: Active) -> Tensor:
         """Maps images ``[N, C, H, W]`` to the first block's input."""
         channels = active.ranges[self.grid]
-        x = self.conv(x, active.level) if self.masked else self.conv(x, None, channels)
+        x = self.conv(x, None, channels)
         if self.norm is not None:
             task = 0 if self.own else active.task
             x = F.relu(self.norm(x, task, active.level, channels), inplace=True)

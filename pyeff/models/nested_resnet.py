@@ -16,7 +16,7 @@ from pyeff.models.nested_block import NestedBlock, NestedStem, NormOptions
 from pyeff.models.residual import global_pool
 from pyeff.models.resnet import ResNet, initialise, stem_plan
 from pyeff.models.units import active_interval
-from pyeff.nn import NestedLinear, NestedMaskedLinear
+from pyeff.nn import NestedLinear
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class NestedOptions:
         image_sizes: for every task, the pixels of its images, for stem ``"den"``.
         level_heads: whether every level has a classifier of its own.
         norm_affine, norm_statistics: see :class:`NestedBatchNorm2d`.
-        masked: whether levels mask single weights instead of channels.
+        masked: whether levels mask single weights of the blocks instead of channels.
         block_levels: for every block, the first level that runs it; ``None``: all run always.
         config: keyword arguments of :func:`pyeff.models.build` that rebuild the model.
     """
@@ -86,7 +86,7 @@ class NestedResNet(nn.Module):
             plan = stem_plan(options.stem, options.in_channels, width, size)
             self.stem_plans.append(plan)
             own = options.task_stems
-            self.stems.append(NestedStem(plan, layout.stem, norms, own, options.masked))
+            self.stems.append(NestedStem(plan, layout.stem, norms, own))
         self.blocks = nn.ModuleList(
             NestedBlock(layout, block, norms, options.masked) for block in layout.blocks
         )
@@ -97,22 +97,18 @@ class NestedResNet(nn.Module):
 
     def _task_heads(self, features: int, classes: list[int]) -> nn.ModuleList:
         sizes = classes if self.options.level_heads else classes[-1:]
-        if self.options.masked:
-            return nn.ModuleList(
-                NestedMaskedLinear(features, size, levels=self.levels) for size in sizes
-            )
         return nn.ModuleList(NestedLinear(features, size) for size in sizes)
 
-    def head_of(self, task: int, level: int) -> NestedLinear | NestedMaskedLinear:
+    def head_of(self, task: int, level: int) -> NestedLinear:
         """The classifier of a task (index) at a level."""
         heads = cast(nn.ModuleList, self.heads[task])
         head = heads[level - 1 if self.options.level_heads else 0]
-        return cast(NestedLinear | NestedMaskedLinear, head)
+        return cast(NestedLinear, head)
 
-    def heads_of(self, task: int) -> list[NestedLinear | NestedMaskedLinear]:
+    def heads_of(self, task: int) -> list[NestedLinear]:
         """All classifiers of a task (index): one, or one for each level."""
         heads = cast(nn.ModuleList, self.heads[task])
-        return [cast(NestedLinear | NestedMaskedLinear, head) for head in heads]
+        return [cast(NestedLinear, head) for head in heads]
 
     def stem_of(self, task: int) -> NestedStem:
         """The stem of a task (index)."""
@@ -251,7 +247,7 @@ class NestedResNet(nn.Module):
             x = F.relu(self.norm(x, active.task, active.level, features), inplace=True)
         head = self.head_of(active.task, active.level)
         pooled = global_pool(x)
-        return head(pooled, active.level) if self.options.masked else head(pooled, features)
+        return head(pooled, features)
 
     def _forward_mixed(
         self, x: Tensor, task: str | int | Tensor | None, level: int | Tensor | None

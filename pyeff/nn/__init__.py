@@ -4,12 +4,13 @@ from pyeff.nn.batch_statistics import is_distributed, synchronised_batch_norm
 from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
 from pyeff.nn.nested_conv2d import NestedConv2d
 from pyeff.nn.nested_linear import NestedLinear
-from pyeff.nn.nested_masked import NestedMaskedConv2d, NestedMaskedLinear
+from pyeff.nn.nested_masked import LevelMask, NestedMaskedConv2d, NestedMaskedLinear
 from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
 from pyeff.nn.units import ChannelUnits, Range
 
 __all__ = [
     "ChannelUnits",
+    "LevelMask",
     "NestedBatchNorm2d",
     "NestedConv2d",
     "NestedLinear",
