@@ -69,10 +69,27 @@ def layer(module: str) -> str:
     return parts[1] if len(parts) > 1 else "pyeff"
 
 
-def imports(source: str, module: str, is_package: bool, known: set[str]) -> set[str]:
-    """Modules of pyeff that this source names, in any function or under any condition."""
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out what only the type checker sees."""
+
+    def visit_If(self, node):
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return None
+        return self.generic_visit(node)
+
+
+def imports(
+    source: str, module: str, is_package: bool, known: set[str], types: bool = True
+) -> set[str]:
+    """Modules of pyeff that this source names, in any function or under any condition.
+
+    ``types`` tells whether imports for the type checker alone count.
+    """
+    tree = ast.parse(source)
+    if not types:
+        tree = WithoutTypeChecking().visit(tree)
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,10 +110,10 @@ def upward(module: str, imported: set[str]) -> list[str]:
 
 
 @functools.cache
-def import_graph() -> dict[str, set[str]]:
+def import_graph(types: bool = True) -> dict[str, set[str]]:
     known = set(modules())
     return {
-        name: imports(path.read_text(), name, path.name == "__init__.py", known)
+        name: imports(path.read_text(), name, path.name == "__init__.py", known, types)
         for name, path in modules().items()
     }
 
@@ -129,7 +146,7 @@ def test_imports_point_downwards(module):
 
 def test_no_import_cycles():
     try:
-        TopologicalSorter(import_graph()).prepare()
+        TopologicalSorter(import_graph(types=False)).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
@@ -148,6 +165,12 @@ def test_no_import_cycles():
 def test_imports_are_found_wherever_they_stand(source, found):
     known = {"pyeff.models.dvn", "pyeff.nn.units", "pyeff.cli.main"}
     assert imports(source, "pyeff.nn.layer", False, known) == found
+
+
+def test_imports_for_types_alone_can_be_left_out():
+    source = "if TYPE_CHECKING:\n    from pyeff.nn.units import Range"
+    assert imports(source, "pyeff.nn.layer", False, {"pyeff.nn.units"}) == {"pyeff.nn.units"}
+    assert imports(source, "pyeff.nn.layer", False, {"pyeff.nn.units"}, types=False) == set()
 
 
 def test_an_upward_import_is_noticed():

@@ -22,3 +22,4 @@ def main() -> None:
 
 app.command()(info)
 app.add_typer(train)
+app.add_typer(train)

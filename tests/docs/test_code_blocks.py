@@ -7,7 +7,6 @@ that they name, `pip` lines are held against the project's metadata.
 
 import re
 import shlex
-import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import metadata
@@ -86,17 +85,21 @@ def check_pyeff(words: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     assert words[1] == "install"
-    for target in (word for word in words[2:] if not word.startswith("-")):
-        match = re.fullmatch(r"(\.|pyeff)(?:\[([\w,]+)\])?", target)
-        assert match, f"{target} is not this project"
-        extras = set(match[2].split(",")) if match[2] else set()
-        assert extras <= set(metadata("pyeff").get_all("Provides-Extra")), extras
+    rest = list(words[2:])
+    while rest:
+        word = rest.pop(0)
+        if word == "-C":  # a variable of the build
+            name = rest.pop(0).removeprefix("cmake.define.").partition("=")[0]
+            assert f"set({name} " in (ROOT / "CMakeLists.txt").read_text()
+        elif word != "-e":
+            match = re.fullmatch(r"(\.|pyeff)(?:\[([\w,]+)\])?", word)
+            assert match, f"{word} is not this project"
+            extras = set(match[2].split(",")) if match[2] else set()
+            assert extras <= set(metadata("pyeff").get_all("Provides-Extra")), extras
 
 
-def check_tool(words: list[str]) -> None:
-    assert shutil.which(words[0]), f"{words[0]} is not there"
-    paths = [word.partition("::")[0] for word in words[1:] if "/" in word]
-    for path in paths:
+def check_script(words: list[str]) -> None:
+    for path in (word.partition("::")[0] for word in words[1:] if "/" in word):
         assert (ROOT / path).exists(), f"{path} is not there"
 
 
@@ -104,8 +107,8 @@ CHECKS = {
     "make": check_make,
     "pip": check_pip,
     "pyeff": check_pyeff,
-    "pytest": check_tool,
-    "python": check_tool,
+    "pytest": check_script,
+    "python": check_script,
 }
 
 

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 
 import pyeff
 
@@ -13,7 +14,9 @@ NAMES = ["pyeff", *(m.name for m in pkgutil.walk_packages(pyeff.__path__, "pyeff
 
 def examples(name):
     finder = doctest.DocTestFinder(exclude_empty=True)
-    return [t for t in finder.find(importlib.import_module(name), name) if t.examples]
+    names = {"pyeff": pyeff, "torch": torch}
+    found = finder.find(importlib.import_module(name), name, extraglobs=names)
+    return [test for test in found if test.examples]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("._C")])
