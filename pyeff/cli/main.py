@@ -22,4 +22,3 @@ def main() -> None:
 
 app.command()(info)
 app.add_typer(train)
-app.add_typer(train)
