@@ -32,8 +32,8 @@ from pyeff.triton_kernels.tiles import (
     Tile,
     arithmetic,
     choose,
-    device_limits,
     fit_depth,
+    pixel_shares,
 )
 from torch import Tensor
 
@@ -196,9 +196,8 @@ def grad_weight(
         depth = tile.depth
         programs = blocks(layer.K, tile.rows) * blocks(layer.C, tile.cols) * layer.groups
     if shares is None:
-        shares = 2 * device_limits(x.device).processors // (programs * layer.R * layer.S)
-        shares = min(shares, pixels // (4 * depth))
-    per_share = blocks(blocks(pixels, max(shares, 1)), depth) * depth
+        shares = pixel_shares(x.device, programs * layer.R * layer.S, pixels, depth)
+    per_share = blocks(blocks(pixels, shares), depth) * depth
     shares = blocks(pixels, per_share)
     launch = depthwise.launch_grad_weight if layer.depthwise else _grad_weight_gemm
     with torch.cuda.device_of(x):
@@ -221,7 +220,7 @@ def _forward_gemm(
 ) -> None:
     N, _, P, Q = y.shape
     pixels = N * P * Q
-    tile = tile or _gemm_tile(x, precision, pixels, layer.K, layer.groups)
+    tile = tile or _gemm_tile(x, precision, layer, pixels, layer.K, layer.groups)
     tile = fit_depth(tile, layer.C)
     grid = blocks(pixels, tile.rows) * blocks(layer.K, tile.cols) * layer.groups
     gemm.nested_conv2d_forward_kernel[(grid,)](
@@ -246,7 +245,7 @@ def _grad_input_gemm(
     stride_h, stride_w, _, _, dil_h, dil_w = layer.window
     class_h, class_w = blocks(H, stride_h), blocks(W, stride_w)
     pixels, classes = N * class_h * class_w, stride_h * stride_w
-    tile = tile or _gemm_tile(grad_y, precision, pixels, layer.C, layer.groups * classes)
+    tile = tile or _gemm_tile(grad_y, precision, layer, pixels, layer.C, layer.groups * classes)
     tile = fit_depth(tile, layer.K)
     common_h, common_w = gcd(stride_h, dil_h), gcd(stride_w, dil_w)
     grid = blocks(pixels, tile.rows) * blocks(layer.C, tile.cols) * layer.groups * classes
@@ -328,5 +327,7 @@ def _precision(dtype: torch.dtype, precision: str | None) -> str:
     return precision if dtype == torch.float32 else "ieee"
 
 
-def _gemm_tile(x: Tensor, precision: str, rows: int, cols: int, groups: int) -> Tile:
-    return choose("gemm", arithmetic(x.dtype, precision), x.device, rows, cols, groups)
+def _gemm_tile(x: Tensor, precision: str, layer: Layer, rows: int, cols: int, groups: int) -> Tile:
+    by_range = layer.inputs.numbers is None and layer.outputs.numbers is None
+    kind = arithmetic(x.dtype, precision)
+    return choose("gemm" if by_range else "gather", kind, x.device, rows, cols, groups)

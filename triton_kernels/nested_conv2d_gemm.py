@@ -295,17 +295,18 @@ def nested_conv2d_grad_weight_kernel(
     for first in range(start, tl.minimum(start + per_split, pixels), DEPTH):
         m = first + tl.arange(0, DEPTH)
         n, p, q = split_pixels(m, image, Q)
-        n, p, q = n.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
-        h = p * stride_h - pad_top + r * dil_h
-        w = q * stride_w - pad_left + s * dil_w
+        h, w = p * stride_h - pad_top + r * dil_h, q * stride_w - pad_left + s * dil_w
         inside = (m < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        n = n.to(tl.int64)
+        y_rows = n * y_n + p.to(tl.int64) * y_h + q.to(tl.int64) * y_w
+        x_rows = n * x_n + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w
         y_block = tl.load(
-            (n * y_n + p * y_h + q * y_w)[:, None] + y_cols[None, :],
+            y_rows[:, None] + y_cols[None, :],
             mask=inside[:, None] & (k < K)[None, :],
             other=0.0,
         )
         x_block = tl.load(
-            (n * x_n + h * x_h + w * x_w)[:, None] + x_cols[None, :],
+            x_rows[:, None] + x_cols[None, :],
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 _GEMM = {
     "half": (
         Tile(128, 128, 64, 8, 3),
-        Tile(128, 64, 64, 4, 3),
+        Tile(128, 64, 64, 8, 3),
         Tile(64, 64, 64, 4, 4),
         Tile(32, 32, 64, 4, 4),
     ),
@@ -68,9 +68,15 @@ _GRAD_WEIGHT = {
         Tile(32, 32, 16, 4, 2),
     ),
 }
+# Channels by number: each element has an address of its own, which takes registers.
+_GATHER = {
+    "half": (Tile(64, 64, 64, 8, 3), Tile(32, 32, 64, 4, 4)),
+    "tf32": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4)),
+    "ieee": _GEMM["ieee"],
+}
 TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     (task, architecture): rows
-    for task, rows in (("gemm", _GEMM), ("grad_weight", _GRAD_WEIGHT))
+    for task, rows in (("gemm", _GEMM), ("gather", _GATHER), ("grad_weight", _GRAD_WEIGHT))
     for architecture in (80, 90, 100)
 }
 DEPTHWISE = Tile(32, 64, 1, 4, 2)  # one row for all: the depth-wise kernels are bound by memory
@@ -121,7 +127,8 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
     programs than the device has multiprocessors, or does not fit the device's shared memory.
 
     Args:
-        task: ``"gemm"`` (forward and input gradient) or ``"grad_weight"``.
+        task: ``"gemm"`` (forward and input gradient), ``"gather"`` (the same with channel
+            numbers) or ``"grad_weight"``.
         kind: See :func:`arithmetic`.
         device: Where it runs.
         rows: Rows of the result.
@@ -138,6 +145,22 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
         if fills and shared_bytes(tile, kind) <= limits.shared:
             return tile
     return candidates[-1]
+
+
+def pixel_shares(device: torch.device, programs: int, pixels: int, depth: int) -> int:
+    """Into how many shares the weight gradient's sum over pixels is split.
+
+    Enough for two programs on each multiprocessor, but at least four blocks of ``depth`` pixels
+    each: every share costs a float32 copy of the gradient and a term of the second sum.
+
+    Args:
+        device: Where it runs.
+        programs: Programs without a split.
+        pixels: Terms of the sum.
+        depth: Terms that a program takes in at once.
+    """
+    shares = min(2 * device_limits(device).processors // programs, pixels // (4 * depth))
+    return max(shares, 1)
 
 
 def fit_depth(tile: Tile, terms: int) -> Tile:

@@ -128,7 +128,7 @@ def test_wide_pixel_numbers(case, monkeypatch):
 
 @pytest.mark.parametrize("case", [RANGE, DEPTHWISE], ids=str)
 def test_offsets_beyond_32_bits(case):
-    """The third image begins 2**31 elements in: lazily mapped zeros, of which a few pages are used."""
+    """The third image begins 2**31 elements in, in zeros that are mapped when they are touched."""
     count = case.in_sel[1] - case.in_sel[0]
     storage = torch.from_numpy(np.zeros(2**31 + 4096, np.float16))
     x = storage.as_strided((3, count, 4, 5), (2**30, 1, 5 * count, count))
