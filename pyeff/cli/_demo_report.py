@@ -1,44 +1,16 @@
-"""What the demo found, as a picture, a table in the terminal and a page of HTML."""
+"""What the demo found, as tables in the terminal and as a page of HTML."""
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pyeff._extras import require
 from pyeff.checkpoint import write_bytes_atomically
-
-
-@dataclass(frozen=True)
-class Row:
-    """One network on one task.
-
-    Attributes:
-        task: name.
-        network: "level 1" and so on, or "dense".
-        params: parameters in use.
-        macs: multiply-adds an image.
-        latency_s: seconds for one image, run as it was trained.
-        plain_latency_s: the same for the level taken out as a plain network; ``None`` for the
-            dense network, which is plain already.
-        accuracy: share of test images, 0..1.
-    """
-
-    task: str
-    network: str
-    params: int
-    macs: int
-    latency_s: float
-    plain_latency_s: float | None
-    accuracy: float
-
-    @property
-    def dense(self) -> bool:
-        return self.network == "dense"
+from pyeff.train import LevelResult
 
 
 @dataclass(frozen=True)
@@ -68,14 +40,19 @@ class Findings:
     """Everything that the demo shows.
 
     Attributes:
-        rows: networks, tasks one after the other, the dense one last.
+        nested: every task and level.
+        dense: for every task the plain backbone, trained alone.
+        seconds: (task, level, images) to the median time of a batch by the nested network at this
+            level, and by that level taken out as a plain network. Level 0 is the dense network.
         choices: one a task.
-        budget: in words, such as "100,000 parameters".
+        budget: in words, such as "30,000 parameters".
         recipe: what was trained, in a sentence.
         machine: where, in a sentence.
     """
 
-    rows: Sequence[Row]
+    nested: Sequence[LevelResult]
+    dense: Sequence[LevelResult]
+    seconds: Mapping[tuple[str, int, int], tuple[float | None, float]]
     choices: Sequence[Choice]
     budget: str
     recipe: str
@@ -83,31 +60,41 @@ class Findings:
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(row.task for row in self.rows))
+        return list(dict.fromkeys(result.task for result in self.nested))
+
+    def chosen(self, task: str) -> int:
+        """The level that the budget allows."""
+        return next(choice.level for choice in self.choices if choice.task == task)
 
 
+TIMES = "x1: one image; x64: 64 images at once; nested: as a level; plain: that level taken out"
+# Batches that are timed: one image shows the cost of calls, many show that of arithmetic.
+BATCHES = (1, 64)
 HEADINGS = (
     "Network",
     "Accuracy",
     "Parameters",
     "MACs",
-    "Latency, nested",
-    "Latency, as plain",
+    *(f"{form} x{images}" for images in BATCHES for form in ("Nested", "Plain")),
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as texts, in the order of HEADINGS."""
-    nested = "-" if row.dense else _milliseconds(row.latency_s)
-    plain = row.latency_s if row.plain_latency_s is None else row.plain_latency_s
-    return (
-        "dense, trained alone" if row.dense else row.network,
-        f"{row.accuracy:.1%}",
-        f"{row.params:,}",
-        f"{row.macs:,}",
-        nested,
-        _milliseconds(plain),
-    )
+def rows(findings: Findings, task: str) -> list[tuple[str, tuple[str, ...]]]:
+    """A task's table: for each row its kind ("", "chosen", "dense") and the texts of its cells."""
+    table = []
+    for result in (r for r in findings.nested if r.task == task):
+        kind = "chosen" if result.level == findings.chosen(task) else ""
+        table.append((kind, _cells(findings, f"level {result.level}", result, result.level)))
+    for result in (r for r in findings.dense if r.task == task):
+        table.append(("dense", _cells(findings, "dense, alone", result, 0)))
+    return table
+
+
+def _cells(findings: Findings, name: str, result: LevelResult, level: int) -> tuple[str, ...]:
+    accuracy = "-" if result.accuracy is None else f"{result.accuracy:.1%}"
+    times = (s for images in BATCHES for s in findings.seconds[result.task, level, images])
+    shown = ("-" if seconds is None else _milliseconds(seconds) for seconds in times)
+    return (name, accuracy, f"{result.params:,}", f"{result.macs:,}", *shown)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -116,14 +103,16 @@ def _milliseconds(seconds: float) -> str:
 
 def print_findings(findings: Findings, console: Console) -> None:
     """Prints one table a task, and the choice for the budget."""
+    styles = {"": None, "chosen": "bold", "dense": "dim"}
     for task in findings.tasks:
         table = Table(title=f"task {task}", title_justify="left")
         for heading in HEADINGS:
             table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
-        for row in (row for row in findings.rows if row.task == task):
-            table.add_row(*cells(row), style="dim" if row.dense else None)
+        for kind, texts in rows(findings, task):
+            table.add_row(*texts, style=styles[kind])
         console.print(table)
-    console.print(f"Budget: {findings.budget}")
+    console.print(TIMES)
+    console.print(f"Budget: {findings.budget}", highlight=False)
     for choice in findings.choices:
         console.print(f"  {_choice_words(choice)}", highlight=False)
 
@@ -134,49 +123,6 @@ def _choice_words(choice: Choice) -> str:
         f"{choice.macs:,} MACs, {choice.accuracy:.1%}); as a plain network its outputs differ by "
         f"at most {choice.difference:.1e}"
     )
-
-
-def draw(findings: Findings, path: Path) -> None:
-    """Draws accuracy against parameters and against MACs, a line a task.
-
-    Args:
-        findings: what to draw.
-        path: a PNG file to write.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    matplotlib_figure = require("matplotlib.figure", "train", "to draw plots")
-    figure = matplotlib_figure.Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    colors = ["#1b6ca8", "#c8553d", "#4f772d", "#6d4c91"]
-    for axis, quantity, label in (
-        (axes[0], "params", "parameters (thousands)"),
-        (axes[1], "macs", "MACs an image (thousands)"),
-    ):
-        for task, color in zip(findings.tasks, colors * len(findings.tasks), strict=False):
-            points = [
-                (getattr(row, quantity) / 1e3, 100 * row.accuracy, row.dense)
-                for row in findings.rows
-                if row.task == task
-            ]
-            nested = [(x, y) for x, y, dense in points if not dense]
-            axis.plot(*zip(*nested, strict=True), "o-", color=color, label=f"{task}, nested levels")
-            for x, y, dense in points:
-                if dense:
-                    axis.plot(
-                        x, y, "D", ms=9, mfc="none", mew=1.6, color=color, label=f"{task}, dense"
-                    )
-        axis.set_xlabel(label)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test accuracy (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
 
 
 STYLE = """
@@ -200,7 +146,7 @@ def write_report(findings: Findings, picture: Path, path: Path) -> None:
 
     Args:
         findings: what to show.
-        picture: the PNG that :func:`draw` made.
+        picture: a PNG of accuracy against cost.
         path: the file to write.
     """
     image = base64.b64encode(picture.read_bytes()).decode()
@@ -224,7 +170,9 @@ trained together. The dense network is the plain backbone, trained alone on one 
 recipe.</p>
 <h2>What each level costs and gives</h2>
 {tables}
-<p class="quiet">Latency: median for one image. MACs are multiply-adds.</p>
+<p class="quiet">MACs are multiply-adds, for one image. Times are medians, for one image (x1)
+and for 64 at once (x64): "nested" runs a level inside the network that holds all of them, "plain"
+runs it taken out as a network of torch layers. Images of 8 x 8 pixels are so small that one of them costs calls rather than arithmetic.</p>
 <h2>Accuracy against cost</h2>
 <p><img alt="Test accuracy against parameters and MACs, for every level and the dense network"
 src="data:image/png;base64,{image}"></p>
@@ -241,13 +189,11 @@ that level out as a plain network of torch layers.</p>
 
 
 def _html_table(findings: Findings, task: str) -> str:
-    chosen = {f"level {c.level}" for c in findings.choices if c.task == task}
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
     lines = []
-    for row in (row for row in findings.rows if row.task == task):
-        kind = "dense" if row.dense else "chosen" if row.network in chosen else ""
+    for kind, texts in rows(findings, task):
         mark = f' class="{kind}"' if kind else ""
-        data = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row))
+        data = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
         lines.append(f"<tr{mark}>{data}</tr>")
     body = "\n".join(lines)
     return (

@@ -2,6 +2,7 @@
 
 import typer
 
+from pyeff.cli.demo import demo
 from pyeff.cli.info import info
 from pyeff.cli.train import train
 
@@ -21,4 +22,5 @@ def main() -> None:
 
 
 app.command()(info)
+app.command()(demo)
 app.add_typer(train)
