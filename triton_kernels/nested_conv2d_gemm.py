@@ -95,7 +95,6 @@ def nested_conv2d_forward_kernel(
     top, left = p * stride_h - pad_top, q * stride_w - pad_left
     k = (block % col_blocks) * COLS + tl.arange(0, COLS)
     o, k_exists = full_channels(group * K + k, (group + 1) * K, out_lo, out_index, full_out)
-    k_exists = k_exists & (k < K)
 
     x_rows = x + n.to(tl.int64) * x_n + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
     x_rows += group * C * x_c
@@ -211,7 +210,6 @@ def nested_conv2d_grad_input_kernel(
         r, s = tap // taps_s, tap % taps_s
         k = (step % depth_blocks) * DEPTH + tl.arange(0, DEPTH)
         o, k_exists = full_channels(group * K + k, (group + 1) * K, out_lo, out_index, full_out)
-        k_exists = k_exists & (k < K)
         p, q = p0 - r * jump_h, q0 - s * jump_w
         inside = m_exists & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
         y_tap = tl.cast(r * jump_h, tl.int64) * y_h + tl.cast(s * jump_w, tl.int64) * y_w
@@ -318,7 +316,7 @@ def nested_conv2d_grad_weight_kernel(
     tl.store(
         out + (o * out_o)[:, None] + (i * out_i)[None, :],
         total.to(out.dtype.element_ty),
-        mask=(k_exists & (k < K))[:, None] & c_exists[None, :],
+        mask=k_exists[:, None] & c_exists[None, :],
     )
 
 

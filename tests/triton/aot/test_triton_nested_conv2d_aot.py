@@ -88,7 +88,7 @@ def check_fits(binary, architecture):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "task", "kind", "dtype", "tile"), compilations(), ids=name
+    ("architecture", "task", "kind", "dtype", "tile"), list(compilations()), ids=name
 )
 def test_gemm(architecture, task, kind, dtype, tile, launch):
     precision = "ieee" if kind == "half" else kind
