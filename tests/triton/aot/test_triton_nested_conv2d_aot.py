@@ -8,12 +8,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import SHARED_LIMIT, compile_launch, recorded_launches
 from pyeff.triton_kernels import nested_conv2d as launchers
+from pyeff.triton_kernels import nested_conv2d_depthwise
 from pyeff.triton_kernels.tiles import DEPTHWISE, TILES, shared_bytes
 
 pytestmark = pytest.mark.aot
 
 TASKS = ["forward", "grad_input", "grad_weight"]
 LEVEL = ((32, 192), (16, 144))  # of a layer of 256 -> 256 channels
+WIDE_TILES = {1: TILES["gather", 90]["half"][0], 256: DEPTHWISE}
 WINDOW = ((1, 1), (1, 1, 1, 1), (1, 1))
 
 
@@ -125,6 +127,16 @@ def test_index(task, launch):
     for binary in (gemm, *reduction):
         check_fits(binary, 90)
     assert "wgmma" in gemm.tensor_core_instructions
+
+
+@pytest.mark.parametrize("groups", [1, 256])
+@pytest.mark.parametrize("task", TASKS)
+def test_pixel_numbers_of_64_bits(task, groups, launch, monkeypatch):
+    monkeypatch.setattr(launchers, "INT32_MAX", 0)
+    monkeypatch.setattr(nested_conv2d_depthwise, "INT32_MAX", 0)
+    same = ((32, 192), (32, 192))
+    for binary in launch(task, 90, torch.float16, "ieee", WIDE_TILES[groups], same, groups):
+        check_fits(binary, 90)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
