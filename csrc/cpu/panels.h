@@ -47,27 +47,26 @@ inline GroupedSelection grouped(const ChannelSelection& s, Index per_group, Inde
   return {per_group, s.lo / per_group, s.count / per_group, 0, per_group, nullptr};
 }
 
-// to[tap][row][lane] = weight at lane_offset[lane] + row_offset(row), zero for missing lanes.
+// to[tap][row][lane] = weight at lane_offset[lane] + row_offset(row), zero for missing lanes. Taps
+// are the outer loop, since panels of different taps often fall into the same sets of the cache.
 template <typename T, typename A, typename RowOffset>
 void gather_panel(const Weight<T>& weight, const Index* lane_offset, int lanes, Index rows,
                   const RowOffset& row_offset, A* to) {
   constexpr Index kBlock = 16;  // rows whose lines stay in the first-level cache
-  const Index tap_stride = rows * kPanel;
+  Index offsets[kBlock];
   for (Index block = 0; block < rows; block += kBlock) {
-    const Index end = smaller(block + kBlock, rows);
-    for (int lane = 0; lane < kPanel; ++lane) {
-      for (Index row = block; row < end; ++row) {
-        A* out = to + row * kPanel + lane;
-        if (lane >= lanes) {
-          for (Index t = 0; t < weight.taps(); ++t) out[t * tap_stride] = A(0);
-          continue;
-        }
-        const T* from = weight.data + lane_offset[lane] + row_offset(row);
-        for (Index h = 0; h < weight.kernel_h; ++h) {
-          for (Index w = 0; w < weight.kernel_w; ++w, out += tap_stride) {
-            *out = widen(from[h * weight.h_stride + w * weight.w_stride]);
-          }
-        }
+    const Index count = smaller(kBlock, rows - block);
+    for (Index r = 0; r < count; ++r) offsets[r] = row_offset(block + r);
+    for (Index t = 0; t < weight.taps(); ++t) {
+      const T* tap = weight.data + t / weight.kernel_w * weight.h_stride +
+                     t % weight.kernel_w * weight.w_stride;
+      A* out = to + (t * rows + block) * kPanel;
+      for (int lane = 0; lane < lanes; ++lane) {
+        const T* from = tap + lane_offset[lane];
+        for (Index r = 0; r < count; ++r) out[r * kPanel + lane] = widen(from[offsets[r]]);
+      }
+      for (Index r = 0; lanes < kPanel && r < count; ++r) {
+        for (int lane = lanes; lane < kPanel; ++lane) out[r * kPanel + lane] = A(0);
       }
     }
   }

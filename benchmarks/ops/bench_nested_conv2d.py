@@ -1,0 +1,340 @@
+"""nested_conv2d on the CPU in float32 against everything else a user could run instead.
+
+    python benchmarks/ops/bench_nested_conv2d.py [--quick] [--out DIR]
+
+Baselines, each given its own best conditions: slicing the full weight at every call, a cached
+contiguous slice, oneDNN with a weight packed for this level (compact input, one copy per level),
+and for index selections index_select followed by the packed weight. pyeff is the whole public call
+with one packed copy for all levels.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import (
+    Candidate,
+    Comparison,
+    compare,
+    machine_line,
+    markdown_table,
+    prefer_this_process,
+    write_json,
+    write_text,
+)
+
+import pyeff
+from pyeff.ops import nested_conv2d
+
+SHAPES = ((256, 14), (128, 28), (64, 56))  # channels, height = width; 3x3, stride 1, padding 1
+LEVELS = (0.25, 0.5, 1.0)
+PEAK = "torch.mm"
+OURS = "pyeff"
+NAME = "bench_nested_conv2d_cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    part: str  # range, index, train or overhead
+    channels: int
+    size: int
+    level: float
+    batch: int
+    threads: int
+
+    @property
+    def active(self) -> int:
+        """Channels of the level."""
+        return int(self.channels * self.level)
+
+    @property
+    def flop(self) -> float:
+        """Of the forward pass; training takes three times as many."""
+        forward = 2.0 * 9 * self.batch * self.size**2 * self.active**2
+        return 3 * forward if self.part == "train" else forward
+
+    def title(self) -> str:
+        """For the progress output."""
+        return (
+            f"{self.part:8s} {self.channels}@{self.size} {self.level:4.0%} "
+            f"B{self.batch} T{self.threads}"
+        )
+
+
+def image(batch: int, channels: int, size: int) -> Tensor:
+    """[batch, channels, size, size], channels_last."""
+    x = torch.randn(batch, channels, size, size)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def onednn_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in oneDNN's own layout for inputs like x, as frozen torch.compile has it."""
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    packed: Tensor = reorder(weight.to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, list(x.shape))
+    return packed
+
+
+def onednn_conv2d(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """3x3, stride 1, padding 1, with a weight from ``onednn_weight``."""
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, packed, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], ""
+    )
+    return y
+
+
+def prepacked(weight: Tensor, bias: Tensor, x: Tensor) -> Candidate:
+    """oneDNN on a compact input with a weight packed for this level alone."""
+    packed = onednn_weight(weight, x)
+    return lambda: onednn_conv2d(x, packed, bias)
+
+
+def peak() -> Candidate:
+    """The practical peak of this moment: a large matrix product."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return lambda: torch.mm(a, b)
+
+
+def range_candidates(case: Case) -> dict[str, Candidate]:
+    """Prefix levels, without gradients."""
+    c = case.active
+    weight, bias = torch.randn(case.channels, case.channels, 3, 3), torch.randn(case.channels)
+    x = image(case.batch, c, case.size)
+    level = weight[:c, :c].contiguous(memory_format=torch.channels_last)
+    level_bias = bias[:c].clone()
+    span = (0, c)
+    return {
+        OURS: lambda: nested_conv2d(x, weight, bias, in_range=span, out_range=span, padding=1),
+        "sliced": lambda: F.conv2d(x, weight[:c, :c], bias[:c], padding=1),
+        "cached slice": lambda: F.conv2d(x, level, level_bias, padding=1),
+        "prepacked": prepacked(level, level_bias, x),
+    }
+
+
+def index_candidates(case: Case) -> dict[str, Candidate]:
+    """Input channels chosen by an index from a full activation, without gradients.
+
+    torch copies the chosen channels for both; pyeff then reads the full packed weight by index.
+    """
+    c = case.active
+    weight, bias = torch.randn(case.channels, case.channels, 3, 3), torch.randn(case.channels)
+    full = image(case.batch, case.channels, case.size)
+    index = torch.randperm(case.channels)[:c]
+    level = weight[:c, index].contiguous(memory_format=torch.channels_last)
+    level_bias = bias[:c].clone()
+    packed = onednn_weight(level, full[:, :c].contiguous(memory_format=torch.channels_last))
+
+    def ours() -> Tensor:
+        x = full.index_select(1, index)
+        return nested_conv2d(x, weight, bias, in_index=index, out_range=(0, c), padding=1)
+
+    def select_prepacked() -> Tensor:
+        return onednn_conv2d(full.index_select(1, index), packed, level_bias)
+
+    return {OURS: ours, "select + prepacked": select_prepacked}
+
+
+def train_candidates(case: Case) -> dict[str, Candidate]:
+    """Forward and backward for the gradients of input, weight and bias."""
+    c, span = case.active, (0, case.active)
+    weight = torch.randn(case.channels, case.channels, 3, 3, requires_grad=True)
+    bias = torch.randn(case.channels, requires_grad=True)
+    x = image(case.batch, c, case.size).requires_grad_()
+    grad_y = image(case.batch, c, case.size)
+    inputs = (x, weight, bias)
+
+    def ours() -> tuple[Tensor, ...]:
+        y = nested_conv2d(x, weight, bias, in_range=span, out_range=span, padding=1)
+        return torch.autograd.grad(y, inputs, grad_y)
+
+    def own_kernels() -> tuple[Tensor, ...]:
+        with pyeff.backend("cpp"):
+            return ours()
+
+    def sliced() -> tuple[Tensor, ...]:
+        y = F.conv2d(x, weight[:c, :c], bias[:c], padding=1)
+        return torch.autograd.grad(y, inputs, grad_y)
+
+    return {OURS: ours, "pyeff (cpp forced)": own_kernels, "sliced": sliced}
+
+
+def overhead_candidates(case: Case) -> dict[str, Candidate]:
+    """A convolution so small that the call itself is what counts."""
+    weight, bias = torch.randn(16, 16, 3, 3), torch.randn(16)
+    x = image(1, 16, 8)
+    return {
+        OURS: lambda: nested_conv2d(x, weight, bias, padding=1),
+        "F.conv2d": lambda: F.conv2d(x, weight, bias, padding=1),
+        "prepacked": prepacked(weight, bias, x),
+    }
+
+
+CANDIDATES = {
+    "overhead": overhead_candidates,
+    "range": range_candidates,
+    "index": index_candidates,
+    "train": train_candidates,
+}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """One thread first: its numbers are the ones to trust on a shared machine."""
+    for threads in (1,) if quick else (1, 2):
+        yield Case("overhead", 16, 8, 1.0, 1, threads)
+        for channels, size in SHAPES[:1] if quick else SHAPES:
+            for batch in (1,) if quick else (1, 8, 32):
+                for level in LEVELS:
+                    yield Case("range", channels, size, level, batch, threads)
+            for batch in (1,) if quick else (1, 8):
+                for level in LEVELS[:1] if quick else LEVELS[:2]:
+                    yield Case("index", channels, size, level, batch, threads)
+            for level in LEVELS[:1] if quick else LEVELS:
+                yield Case("train", channels, size, level, 4 if quick else 32, threads)
+
+
+def verify(candidates: dict[str, Candidate]) -> None:
+    """Raises where a candidate's result differs from the others."""
+    results = {name: call() for name, call in candidates.items()}
+    expected = results[OURS]
+    for result in results.values():
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-3)
+
+
+def measure(case: Case, quick: bool) -> dict[str, Any]:
+    """The row of one case."""
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    candidates = CANDIDATES[case.part](case)
+    baselines = [name for name in candidates if not name.startswith(OURS)]
+    with torch.set_grad_enabled(case.part == "train"):
+        for _ in range(2):  # pyeff packs a weight at its second use
+            verify(candidates)
+        candidates[PEAK] = peak()
+        result = compare(
+            candidates,
+            rounds=5 if quick else 15,
+            slice_seconds=0.002 if quick else 0.008,
+            max_seconds=3.0 if quick else 12.0,
+        )
+    pyeff.clear_packed()
+    return row_of(case, result, baselines)
+
+
+def row_of(case: Case, result: Comparison, baselines: list[str]) -> dict[str, Any]:
+    """Times, ratios and distance to the peak, as JSON takes them."""
+    ours = result.time(OURS)
+    strongest = result.strongest(baselines)
+    over = result.speedup(OURS, strongest)
+    peak_gflops = 2 * 1024**3 / result.time(PEAK).median / 1e9
+    row: dict[str, Any] = {
+        "part": case.part,
+        "channels": case.channels,
+        "size": case.size,
+        "level": case.level,
+        "batch": case.batch,
+        "threads": case.threads,
+        "ms": ours.median * 1e3,
+        "ms_p10": ours.p10 * 1e3,
+        "ms_p90": ours.p90 * 1e3,
+        "gflops": case.flop / ours.median / 1e9,
+        "mm_gflops": peak_gflops,
+        "strongest": strongest,
+        "over_strongest": over.median,
+        "over_strongest_p10": over.p10,
+        "over_strongest_p90": over.p90,
+        "clean": result.clean,
+        "rounds": len(result.seconds[OURS]),
+    }
+    for name in result.seconds:
+        if name not in (OURS, PEAK):
+            row[f"over {name}"] = result.speedup(OURS, name).median
+    return row
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of progress."""
+    ratios = "  ".join(f"{k[5:]} {v:.2f}x" for k, v in row.items() if k.startswith("over "))
+    note = "" if row["clean"] else "  (disturbed)"
+    speed = f"{row['gflops']:6.1f} GF/s (mm {row['mm_gflops']:.0f})"
+    return f"{row['ms']:9.4f} ms  {speed}  {ratios}{note}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The tables, one per part."""
+    text = [
+        "# nested_conv2d on the CPU, float32\n",
+        f"{machine_line()}.\n",
+        "Ratios are medians over paired rounds of baseline time / pyeff time: above 1, pyeff is "
+        "faster. In brackets the 10 % and 90 % quantiles against the strongest baseline. "
+        "`mm` is torch.mm at 1024 in the same rounds. Disturbed rows had no three rounds without "
+        "another process on the core.\n",
+    ]
+    for part in CANDIDATES:
+        chosen = [row for row in rows if row["part"] == part]
+        if not chosen:
+            continue
+        names = [key for key in chosen[0] if key.startswith("over ")]
+        columns = ["shape", "level", "batch", "threads", "ms", "GF/s", "mm GF/s", *names]
+        text.append(f"## {part}\n")
+        text.append(
+            markdown_table(
+                [*columns, "over the strongest", "disturbed"],
+                [[*_cells(row), *(f"{row[n]:.2f}" for n in names), *_last(row)] for row in chosen],
+            )
+        )
+    return "\n".join(text)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['channels']}@{row['size']}",
+        f"{row['level']:.0%}",
+        str(row["batch"]),
+        str(row["threads"]),
+        f"{row['ms']:.4g}",
+        f"{row['gflops']:.0f}",
+        f"{row['mm_gflops']:.0f}",
+    ]
+
+
+def _last(row: dict[str, Any]) -> list[str]:
+    low, high = row["over_strongest_p10"], row["over_strongest_p90"]
+    return [f"{row['over_strongest']:.2f} [{low:.2f}..{high:.2f}]", "" if row["clean"] else "yes"]
+
+
+def main() -> None:
+    """Runs the cases and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one shape, one thread, few rounds")
+    parser.add_argument("--out", type=Path, help=f"folder for {NAME}.json and {NAME}.md")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    parser.add_argument("--part", choices=CANDIDATES, help="only this part")
+    arguments = parser.parse_args()
+    prefer_this_process()
+    print(machine_line())
+    rows = []
+    for case in cases(arguments.quick):
+        if arguments.part in (None, case.part):
+            rows.append(measure(case, arguments.quick))
+            print(case.title(), show(rows[-1]), flush=True)
+    out: Path | None = arguments.out
+    for path in (arguments.json, out and out / f"{NAME}.json"):
+        if path:
+            write_json(path, rows)
+    for path in (arguments.markdown, out and out / f"{NAME}.md"):
+        if path:
+            write_text(path, markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
