@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from pyeff.checkpoint import write_bytes_atomically
@@ -75,7 +76,7 @@ HEADINGS = (
     "Accuracy",
     "Parameters",
     "MACs",
-    *(f"{form} x{images}" for images in BATCHES for form in ("Nested", "Plain")),
+    *(f"{form} x{images}, ms" for images in BATCHES for form in ("Nested", "Plain")),
 )
 
 
@@ -93,21 +94,18 @@ def rows(findings: Findings, task: str) -> list[tuple[str, tuple[str, ...]]]:
 def _cells(findings: Findings, name: str, result: LevelResult, level: int) -> tuple[str, ...]:
     accuracy = "-" if result.accuracy is None else f"{result.accuracy:.1%}"
     times = (s for images in BATCHES for s in findings.seconds[result.task, level, images])
-    shown = ("-" if seconds is None else _milliseconds(seconds) for seconds in times)
+    shown = ("-" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in times)
     return (name, accuracy, f"{result.params:,}", f"{result.macs:,}", *shown)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms"
 
 
 def print_findings(findings: Findings, console: Console) -> None:
     """Prints one table a task, and the choice for the budget."""
     styles = {"": None, "chosen": "bold", "dense": "dim"}
     for task in findings.tasks:
-        table = Table(title=f"task {task}", title_justify="left")
+        table = Table(title=f"task {task}", title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1))
         for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
+            side: JustifyMethod = "left" if heading == HEADINGS[0] else "right"
+            table.add_column(heading.replace(" x", "\nx"), justify=side)
         for kind, texts in rows(findings, task):
             table.add_row(*texts, style=styles[kind])
         console.print(table)
@@ -126,14 +124,15 @@ def _choice_words(choice: Choice) -> str:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 56rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .quiet { color: #5a5a5a; } .wide { overflow-x: auto; } img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .8rem 0 .3rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left;
+       white-space: nowrap; }
 th { border-bottom: 2px solid #999; } tr.dense { color: #5a5a5a; font-style: italic; }
 tr.chosen td:first-child::after { content: " ◂ fits budget"; color: #1b6ca8;
                                       white-space: nowrap; }
@@ -170,9 +169,10 @@ trained together. The dense network is the plain backbone, trained alone on one 
 recipe.</p>
 <h2>What each level costs and gives</h2>
 {tables}
-<p class="quiet">MACs are multiply-adds, for one image. Times are medians, for one image (x1)
-and for 64 at once (x64): "nested" runs a level inside the network that holds all of them, "plain"
-runs it taken out as a network of torch layers. Images of 8 x 8 pixels are so small that one of them costs calls rather than arithmetic.</p>
+<p class="quiet">MACs are multiply-adds, for one image. Times are medians, for one image (x1) and
+for 64 at once (x64): "nested" runs a level inside the network that holds all of them, "plain" runs
+it taken out as a network of torch layers. Images of 8 x 8 pixels are so small that one of them
+costs calls rather than arithmetic.</p>
 <h2>Accuracy against cost</h2>
 <p><img alt="Test accuracy against parameters and MACs, for every level and the dense network"
 src="data:image/png;base64,{image}"></p>

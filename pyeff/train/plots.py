@@ -33,6 +33,7 @@ def plot_levels(
     require("matplotlib", "train", "to draw plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     shown = [r for r in results if r.accuracy is not None]
     if not shown:
@@ -43,10 +44,16 @@ def plot_levels(
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), _AXES, strict=True):
         for index, task in enumerate(dict.fromkeys(r.task for r in shown)):
             color = f"C{index}"
-            points = [(getattr(r, field), 100 * (r.accuracy or 0), r.level) for r in shown if r.task == task]
+            points = [
+                (getattr(r, field), 100 * (r.accuracy or 0), r.level)
+                for r in shown
+                if r.task == task
+            ]
             axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=color, label=task)
             for x, y, level in points:
-                axes.annotate(str(level), (x, y), textcoords="offset points", xytext=(4, -11))
+                # Tasks take sides in turn, so that the numbers of two equal points stay apart.
+                side = -11 if index % 2 else 5
+                axes.annotate(str(level), (x, y), textcoords="offset points", xytext=(side, -11))
             alone = [r for r in dense if r.task == task and r.accuracy is not None]
             axes.plot(
                 [getattr(r, field) for r in alone],
@@ -58,9 +65,15 @@ def plot_levels(
             )
         axes.set_xlabel(label)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # Room for the level numbers below the lowest points.
+        axes.margins(x=0.08, y=0.1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
-    figure.axes[0].legend()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     if title:
         figure.suptitle(title)
     picture = io.BytesIO()
