@@ -48,15 +48,16 @@ class LayerCost:
     macs: int
 
 
-def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> list[LayerCost]:
-    """Counts every convolution and linear layer of a network on the meta device, in running order.
+def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> tuple[list[LayerCost], int]:
+    """Counts a network of torch layers in one pass on the meta device.
 
     Args:
         model: a network of torch layers on the meta device.
         image: (channels, height, width) of one image.
 
     Returns:
-        One entry for each call of such a layer.
+        One entry for each call of a convolution or linear layer, in running order; and the peak of
+        :func:`peak_activation_bytes`.
     """
     found: list[LayerCost] = []
 
@@ -73,13 +74,14 @@ def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> list[LayerCost
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
+    dtype = next(model.parameters()).dtype
+    x = torch.empty(1, *image, device="meta", dtype=dtype)
     try:
-        with torch.no_grad():
-            model(_meta_image(model, image))
+        peak = peak_activation_bytes(model, x.to(memory_format=torch.channels_last))
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, peak
 
 
 def measure_cost(
@@ -104,7 +106,7 @@ def measure_cost(
         raise ValueError(
             "measure_cost: model must be in eval mode and on the meta device, got another"
         )
-    layers = layer_costs(model, image)
+    layers, peak = layer_costs(model, image)
     params = sum(p.numel() for p in model.parameters())
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     held += sum(b.numel() * b.element_size() for b in model.buffers())
@@ -116,11 +118,4 @@ def measure_cost(
         macs += layer.macs * present // layer.weights
         params -= layer.weights - present
         held -= (layer.weights - present) * size
-    peak = peak_activation_bytes(model, _meta_image(model, image))
     return LevelCost(level, params, weights, macs, held, peak)
-
-
-def _meta_image(model: nn.Module, image: tuple[int, int, int]) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    x = torch.empty(1, *image, device="meta", dtype=dtype)
-    return x.to(memory_format=torch.channels_last)

@@ -165,7 +165,7 @@ class NestedResNet(nn.Module):
                 f"{type(self).__name__}: level must be a 0-d int64 tensor (or [N], in eval mode), "
                 f"got {level.dtype} of shape {tuple(level.shape)}"
             )
-        number = int(level.item())
+        number = cast(int, level.item())  # int() would make a symbol a number
         torch._check_value(
             number >= 1, lambda: f"{type(self).__name__}: level must be at least 1, got {number}"
         )
@@ -178,7 +178,7 @@ class NestedResNet(nn.Module):
         start = self.options.starts[task]
         lows = [active_interval(start, i, self.levels)[0] for i in range(1, self.levels + 1)]
         table = torch.tensor(lows, dtype=torch.int64, device=level.device)
-        low = int(table[level - 1].item())
+        low = cast(int, table[level - 1].item())
         torch._check(low >= 0)
         torch._check(low + number <= self.levels)
         return Active(task, number, self.layout.ranges((low, low + number)))

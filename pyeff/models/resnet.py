@@ -236,7 +236,7 @@ class ResNet(nn.Module):
 def initialise(model: nn.Module) -> None:
     """He initialisation of the convolutions (fan out), as residual networks are usually started."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

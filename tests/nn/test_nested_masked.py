@@ -1,5 +1,7 @@
 """Layers with nested sets of weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ def test_masks_are_nested_and_keep_the_largest():
     masks = [conv.mask(level) for level in (1, 2, 3)]
     total = conv.weight.numel()
     assert [int(mask.sum()) for mask in masks] == [total // 4, total // 2, round(0.9 * total)]
-    for low, high in zip(masks, masks[1:], strict=False):
+    for low, high in pairwise(masks):
         assert (low <= high).all()
     assert conv.weight.abs()[masks[0]].min() >= conv.weight.abs()[~masks[0]].max()
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
