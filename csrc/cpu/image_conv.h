@@ -23,7 +23,7 @@ struct Panel {
   const A* init;  // [kPanel]
 };
 
-template <typename A>
+// With the panel in use this fits a second-level cache of 1 MB.
 constexpr Index kBandBytes = 384 * 1024;
 
 // `Panels` makes the Panel of a number in [0, count()); `gathers` says that making one is work,
@@ -37,7 +37,7 @@ class ImageConv {
       : source_(source), dest_(dest), plan_(plan), panels_(panels), in_place_(reads_in_place()) {
     if (in_place_ && one_row_of_pixels()) flatten();
     const Index row_bytes = plan_.step_h * band_cols() * source_.channels * Index{sizeof(A)};
-    band_cells_ = larger(kBandBytes<A> / larger(row_bytes, 1), 1);
+    band_cells_ = larger(kBandBytes / larger(row_bytes, 1), 1);
   }
 
   void run(int threads) {

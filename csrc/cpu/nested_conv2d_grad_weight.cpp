@@ -11,9 +11,18 @@
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
 
-// Some cell rows: several whole images, or part of one.
+// Some rows of grad_y: of several whole images, or part of one.
 struct Chunk {
   Index n, images, row, rows;
+};
+
+// What one thread sums at a time: units [begin, end) of the panel that starts at `lane` of a group.
+struct Work {
+  Index group, lane;
+  int lanes;
+  Part units;     // a unit is block * taps + tap
+  Part channels;  // of x, within the group, that these units read
+  Index pixel;    // their distance in the band
 };
 
 // sums[unit][kTilePixels][kPanel]; the same tile as in the forward pass, with pixels as the sum.
@@ -83,6 +92,14 @@ class GradWeight {
              const GroupedSelection& in, const GroupedSelection& out, const ConvWindow& window)
       : grad_y_(grad_y), x_(x), shape_(shape), to_(to), in_(in), out_(out), window_(window) {
     band_cols_ = (grad_y.cols - 1) * window.stride_w + (shape.kernel_w - 1) * window.dilation_w + 1;
+    // The chunks depend on the shapes only, so that the order of the sum does too.
+    const Index channels = kDepthwise ? kPanel : in.count;
+    const Index row_bytes =
+        (band_cols_ * channels * window.stride_h + grad_y.cols * kPanel) * Index{sizeof(A)};
+    const Index rows = larger(kChunkBytes / larger(row_bytes, 1), 1);
+    chunk_rows_ = larger(smaller(rows, grad_y.rows), 1);
+    chunk_images_ = larger(rows / chunk_rows_, 1);
+    if (chunk_rows_ < grad_y.rows) chunk_images_ = 1;
   }
 
   void run(int threads) const {
@@ -105,86 +122,64 @@ class GradWeight {
   static constexpr bool kDepthwise = std::is_same_v<Units, DepthwiseUnits>;
   static constexpr Index kChunkBytes = 256 * 1024;
 
-  // Units [begin, end) of the panel that starts at `lane`; a unit is block * taps + tap.
   void run_panel(Index group, Index lane, Part units) const {
-    ThreadScratch& scratch = thread_scratch();
     const Index count = (units.end - units.begin) * Units::unit_elements();
-    A* sums = scratch.cells.get<A>(count);
+    A* sums = thread_scratch().cells.get<A>(count);
     std::memset(sums, 0, static_cast<std::size_t>(count) * sizeof(A));
-    const Index taps = shape_.taps();
-    const Index first = units.begin / taps * Units::kBlock;
-    const Index last = smaller(ceil_div(units.end, taps) * Units::kBlock, in_.count);
-    const Part channels =
-        kDepthwise ? Part{lane, smaller(lane + kPanel, out_.count)} : Part{first, last};
-    const int lanes = static_cast<int>(smaller(out_.count - lane, kPanel));
-    const Index pixel = band_pixel<A>(channels.end - channels.begin, window_.stride_w);
-    Chunk chunk = first_chunk(pixel);
-    for (; next_chunk(chunk);) {
-      add_chunk(group, lane, lanes, channels, pixel, units, chunk, sums);
-      chunk.row += chunk.rows;
-      if (chunk.row == grad_y_.rows) {
-        chunk.row = 0;
-        chunk.n += chunk.images;
+    Work work{group, lane, static_cast<int>(smaller(out_.count - lane, kPanel)), units, {}, 0};
+    work.channels = channels_of(lane, units);
+    work.pixel = band_pixel<A>(work.channels.end - work.channels.begin, window_.stride_w);
+    for (Index n = 0; n < grad_y_.n && grad_y_.cols > 0; n += chunk_images_) {
+      const Index images = smaller(chunk_images_, grad_y_.n - n);
+      for (Index row = 0; row < grad_y_.rows; row += chunk_rows_) {
+        const Index rows = smaller(chunk_rows_, grad_y_.rows - row);
+        add_chunk(work, {n, images, row, rows}, sums);
       }
     }
     for (Index u = units.begin; u < units.end; ++u, sums += Units::unit_elements()) {
-      write_unit(group, lane, lanes, u / taps, u % taps, sums);
+      write_unit(work, u / shape_.taps(), u % shape_.taps(), sums);
     }
+  }
+
+  Part channels_of(Index lane, Part units) const {
+    if (kDepthwise) return {lane, smaller(lane + kPanel, out_.count)};
+    const Index taps = shape_.taps();
+    return {units.begin / taps * Units::kBlock,
+            smaller(ceil_div(units.end, taps) * Units::kBlock, in_.count)};
   }
 
   Index band_rows(Index rows) const {
     return (rows - 1) * window_.stride_h + (shape_.kernel_h - 1) * window_.dilation_h + 1;
   }
 
-  // The size of a chunk depends on the shapes only, so that the order of the sum does too.
-  Chunk first_chunk(Index) const {
-    if (grad_y_.n == 0 || grad_y_.rows == 0 || grad_y_.cols == 0) return {0, 0, 0, 0};
-    const Index channels = kDepthwise ? kPanel : in_.count;
-    const Index row_bytes =
-        (band_cols_ * channels * window_.stride_h + grad_y_.cols * kPanel) * Index{sizeof(A)};
-    const Index rows = larger(kChunkBytes / row_bytes, 1);
-    if (rows < grad_y_.rows) return {0, 1, 0, rows};
-    return {0, rows / grad_y_.rows, 0, grad_y_.rows};
-  }
-
-  bool next_chunk(Chunk& chunk) const {
-    if (chunk.rows == 0 || chunk.n >= grad_y_.n) return false;
-    chunk.images = smaller(chunk.images, grad_y_.n - chunk.n);
-    const Index all = grad_y_.rows;
-    // The last part of an image may have fewer rows; the next image starts with a full part.
-    const Index full = first_chunk(0).rows;
-    chunk.rows = smaller(full, all - chunk.row);
-    return true;
-  }
-
-  void add_chunk(Index group, Index lane, int lanes, Part channels, Index pixel, Part units,
-                 const Chunk& chunk, A* sums) const {
+  void add_chunk(const Work& work, const Chunk& chunk, A* sums) const {
     ThreadScratch& scratch = thread_scratch();
-    const Index cols = grad_y_.cols, height = band_rows(chunk.rows);
-    const Index image = height * band_cols_ * pixel, row_stride = band_cols_ * pixel;
-    const Index x_step = window_.stride_w * pixel, count = channels.end - channels.begin;
+    const Index cols = grad_y_.cols, height = band_rows(chunk.rows), pixel = work.pixel;
+    const Index row_stride = band_cols_ * pixel, image = height * row_stride;
+    const Index x_step = window_.stride_w * pixel;
+    const Index count = work.channels.end - work.channels.begin;
     A* x = scratch.band.get<A>(chunk.images * image + kPanel);
     A* gy = scratch.panel.get<A>(chunk.images * chunk.rows * cols * kPanel);
     Tap<A>* rows = scratch.taps.get<Tap<A>>(chunk.images * chunk.rows);
     Index row_count = 0;
     for (Index i = 0; i < chunk.images; ++i) {
       copy_band<T, A>(x_, chunk.n + i, chunk.row * window_.stride_h - window_.pad_top, height,
-                      -window_.pad_left, band_cols_, group * in_.count + channels.begin, count,
-                      pixel, x + i * image);
+                      -window_.pad_left, band_cols_, work.group * in_.count + work.channels.begin,
+                      count, pixel, x + i * image);
       A* gy_image = gy + i * chunk.rows * cols * kPanel;
-      copy_grad_y(chunk.n + i, chunk.row, chunk.rows, group * out_.count + lane, lanes, gy_image);
+      copy_grad_y(work, chunk.n + i, chunk.row, chunk.rows, gy_image);
       for (Index r = 0; r < chunk.rows; ++r) {
         const A* a = x + i * image + r * window_.stride_h * row_stride;
         add_row(rows, row_count, a, gy_image + r * cols * kPanel, x_step);
       }
     }
     const Index taps = shape_.taps();
-    for (Index u = units.begin; u < units.end; ++u, sums += Units::unit_elements()) {
-      const Index block = kDepthwise ? 0 : u / taps * Units::kBlock - channels.begin,
-                  tap = u % taps;
+    for (Index u = work.units.begin; u < work.units.end; ++u, sums += Units::unit_elements()) {
+      const Index block = kDepthwise ? 0 : u / taps * Units::kBlock - work.channels.begin;
+      const Index tap = u % taps;
       const Index offset = tap / shape_.kernel_w * window_.dilation_h * row_stride +
                            tap % shape_.kernel_w * window_.dilation_w * pixel + block;
-      Units::add(rows, row_count, x_step, offset, smaller(Units::kBlock, count - block), lanes,
+      Units::add(rows, row_count, x_step, offset, smaller(Units::kBlock, count - block), work.lanes,
                  sums);
     }
   }
@@ -202,7 +197,9 @@ class GradWeight {
   }
 
   // [rows, cols, kPanel]; lanes without a channel are zero.
-  void copy_grad_y(Index n, Index row, Index rows, Index channel, int lanes, A* to) const {
+  void copy_grad_y(const Work& work, Index n, Index row, Index rows, A* to) const {
+    const Index channel = work.group * out_.count + work.lane;
+    const int lanes = work.lanes;
     for (Index r = row; r < row + rows; ++r) {
       const T* from = grad_y_.data + n * grad_y_.n_stride + r * grad_y_.row_stride + channel;
       for (Index c = 0; c < grad_y_.cols; ++c, from += grad_y_.col_stride, to += kPanel) {
@@ -212,17 +209,17 @@ class GradWeight {
     }
   }
 
-  void write_unit(Index group, Index lane, int lanes, Index block, Index tap, const A* sums) const {
+  void write_unit(const Work& work, Index block, Index tap, const A* sums) const {
     const Index position = tap / shape_.kernel_w * shape_.h_stride +
                            tap % shape_.kernel_w * shape_.w_stride +
-                           (out_.first_group + group) * out_.per_group * shape_.out_stride;
+                           (out_.first_group + work.group) * out_.per_group * shape_.out_stride;
     const Index channels =
         kDepthwise ? 1 : smaller(Units::kBlock, in_.count - block * Units::kBlock);
     for (Index i = 0; i < channels; ++i) {
       const Index in = kDepthwise ? 0 : in_.channel(block * Units::kBlock + i);
       T* to = to_ + position + in * shape_.in_stride;
-      for (int l = 0; l < lanes; ++l) {
-        narrow(sums[i * kPanel + l], to[out_.channel(lane + l) * shape_.out_stride]);
+      for (int l = 0; l < work.lanes; ++l) {
+        narrow(sums[i * kPanel + l], to[out_.channel(work.lane + l) * shape_.out_stride]);
       }
     }
   }
@@ -232,7 +229,7 @@ class GradWeight {
   T* to_;
   GroupedSelection in_, out_;
   ConvWindow window_;
-  Index band_cols_;
+  Index band_cols_, chunk_rows_, chunk_images_;
 };
 
 template <typename T>

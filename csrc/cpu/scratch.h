@@ -71,7 +71,7 @@ void parallel(int threads, const F& f) {
 
 // Starting threads costs about as much as this many multiply-adds.
 inline int useful_threads(int threads, double multiply_adds) {
-  constexpr double kWorthThreads = 1.5e6;
+  constexpr double kWorthThreads = 2.5e6;
   return multiply_adds < kWorthThreads ? 1 : threads;
 }
 
