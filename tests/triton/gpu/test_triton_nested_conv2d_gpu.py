@@ -78,17 +78,15 @@ def test_tf32(case):
 
 def test_precision_follows_torch():
     tensors, _ = problem(LEVEL, torch.float32)
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
+    before = torch.backends.cudnn.allow_tf32
     try:
         for precision in ("tf32", "ieee"):
-            convolutions.fp32_precision = precision
-            assert torch.equal(
-                run(LEVEL, *tensors, precision=None)[0],
-                run(LEVEL, *tensors, precision=precision)[0],
-            )
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            followed = run(LEVEL, *tensors, precision=None)
+            asked = run(LEVEL, *tensors, precision=precision)
+            assert all(torch.equal(a, b) for a, b in zip(followed, asked, strict=True))
     finally:
-        convolutions.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,246 @@
+"""nested_conv2d in Triton against what a user of cuDNN would run, on the GPU of this machine.
+
+Candidates, forward: ours; F.conv2d on a slice of the weight made at each call ("sliced"), on a
+slice made once ("cached slice"), and the first under torch.compile; ours and the cached slice as
+CUDA graphs. Training (forward and all three gradients): ours, sliced, and both as CUDA graphs.
+Everything is channels_last, with bias; cuDNN picks its algorithm by measuring.
+Every candidate is compared with float64 before it is timed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyeff
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu_timing import Timer, captured
+from timing import write_text
+
+SHAPES = ((256, 14), (128, 28), (64, 56))  # channels, pixels: stages of a residual network
+LEVELS = (0.25, 0.5, 1.0)
+BATCHES = (8, 1, 32)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+# Largest error against float64, relative to the largest value.
+TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3}
+
+Candidate = Callable[[], object]
+
+
+class Problem(NamedTuple):
+    """One row of the table."""
+
+    channels: int
+    pixels: int
+    level: float
+    batch: int
+    dtype: str
+    training: bool
+
+    @property
+    def active(self) -> int:
+        return int(self.channels * self.level)
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations; training is three convolutions of the same size."""
+        one = 2.0 * self.batch * self.pixels**2 * self.active**2 * 9
+        return 3 * one if self.training else one
+
+    @property
+    def with_compile(self) -> bool:
+        # Compiling takes seconds a shape: one level, batch and dtype stand for the others.
+        return self.level == 0.5 and self.batch == 8 and self.dtype == "bf16"
+
+
+class Inputs(NamedTuple):
+    """Tensors of a problem, channels_last."""
+
+    x: Tensor  # [N, c, H, W], the active channels
+    weight: Tensor  # [C, C, 3, 3]
+    bias: Tensor  # [C]
+    grad_y: Tensor  # [N, c, H, W]
+
+
+def problems() -> Iterator[Problem]:
+    """The most telling rows first, since the time may not reach for all."""
+    for batch in BATCHES:
+        for training in (False, True):
+            for dtype in DTYPES:
+                for channels, pixels in SHAPES:
+                    for level in LEVELS:
+                        yield Problem(channels, pixels, level, batch, dtype, training)
+
+
+def make_inputs(problem: Problem, device: str) -> Inputs:
+    """Random tensors whose results are near one."""
+    dtype, c = DTYPES[problem.dtype], problem.active
+    size = (problem.batch, c, problem.pixels, problem.pixels)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        tensor = (torch.randn(shape, device=device) * scale).to(dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+
+    full = problem.channels
+    weight = draw(full, full, 3, 3, scale=(9 * c) ** -0.5)
+    return Inputs(draw(*size), weight, draw(full), draw(*size))
+
+
+def ours(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
+    """The operator itself, on the backend that the caller forces."""
+    level = (0, problem.active)
+
+    def call() -> Tensor:
+        return pyeff.ops.nested_conv2d(
+            inputs.x, inputs.weight, inputs.bias, in_range=level, out_range=level, padding=1
+        )
+
+    return call
+
+
+def sliced(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
+    """What one writes without the operator."""
+    c = problem.active
+
+    def call() -> Tensor:
+        return F.conv2d(inputs.x, inputs.weight[:c, :c], inputs.bias[:c], padding=1)
+
+    return call
+
+
+def cached_slice(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
+    """A compact copy of the level's weight, kept beside the full one; inference only."""
+    c = problem.active
+    part = inputs.weight[:c, :c].detach().contiguous(memory_format=torch.channels_last)
+    bias = inputs.bias[:c].detach().clone()
+    return lambda: F.conv2d(inputs.x, part, bias, padding=1)
+
+
+def with_gradients(forward: Callable[[], Tensor], inputs: Inputs) -> Callable[[], list[Tensor]]:
+    """Forward, then the gradients of x, weight and bias."""
+    leaves = [inputs.x, inputs.weight, inputs.bias]
+
+    def call() -> list[Tensor]:
+        y = forward()
+        return [y, *torch.autograd.grad(y, leaves, inputs.grad_y)]
+
+    return call
+
+
+def eager_candidates(problem: Problem, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """The candidates that need no capture and no compiler."""
+    if not problem.training:
+        return {
+            "ours": ours(problem, inputs),
+            "sliced": sliced(problem, inputs),
+            "cached slice": cached_slice(problem, inputs),
+        }
+    for leaf in inputs[:3]:
+        leaf.requires_grad_()
+    return {
+        "ours": with_gradients(ours(problem, inputs), inputs),
+        "sliced": with_gradients(sliced(problem, inputs), inputs),
+    }
+
+
+def all_candidates(problem: Problem, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """The eager ones, their CUDA graphs and, where it is worth the wait, the compiled one."""
+    candidates = eager_candidates(problem, inputs)
+    if problem.with_compile:
+        torch._dynamo.reset()  # every shape is a compilation of its own, not a recompilation
+        compiled = torch.compile(sliced(problem, inputs), fullgraph=True)
+        candidates["compiled"] = with_gradients(compiled, inputs) if problem.training else compiled
+    best = "sliced" if problem.training else "cached slice"
+    candidates["ours, graph"] = captured(candidates["ours"])
+    candidates[f"{best}, graph"] = captured(candidates[best])
+    return candidates
+
+
+def expected_results(problem: Problem, inputs: Inputs) -> list[Tensor]:
+    """The same in float64: y, and in training the gradients of x, weight and bias."""
+    wide = Inputs(*(t.detach().double() for t in inputs))
+    if problem.training:
+        for leaf in wide[:3]:
+            leaf.requires_grad_()
+        return with_gradients(sliced(problem, wide), wide)()
+    return [sliced(problem, wide)()]
+
+
+def verify(problem: Problem, name: str, got: Any, expected: list[Tensor]) -> None:
+    """Raises RuntimeError where a candidate computes something else."""
+    results = got if isinstance(got, list) else [got]
+    for index, (actual, right) in enumerate(zip(results, expected, strict=True)):
+        error = ((actual.double() - right).abs().max() / right.abs().max()).item()
+        if not error <= TOLERANCE[problem.dtype]:
+            raise RuntimeError(f"{name} is wrong on {problem}: result {index}, error {error:.2e}")
+
+
+def measure(problem: Problem, timer: Timer) -> dict[str, object]:
+    """One row: what was asked and the times of every candidate."""
+    inputs = make_inputs(problem, "cuda")
+    torch.backends.cudnn.benchmark = False  # not worth it for the float64 convolutions
+    expected = expected_results(problem, inputs)
+    torch.backends.cudnn.benchmark = True
+    with pyeff.backend("triton"):
+        candidates = all_candidates(problem, inputs)
+        for name, call in candidates.items():
+            verify(problem, name, call(), expected)
+        times = timer.measure(candidates)
+    others = {name: t for name, t in times.items() if not name.startswith("ours")}
+    eager = min(t.cold for name, t in others.items() if "graph" not in name)
+    graph = next(t.cold for name, t in others.items() if "graph" in name)
+    return {
+        **problem._asdict(),
+        "active": problem.active,
+        "gflop": problem.flop / 1e9,
+        "tflop_per_s": problem.flop / times["ours, graph"].cold / 1e9,
+        "times_ms": {name: t._asdict() for name, t in times.items()},
+        "ratio_to_strongest": eager / times["ours"].cold,
+        "ratio_graphs": graph / times["ours, graph"].cold,
+    }
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """TFLOP/s of a large matrix product: what this device gives at most, in practice."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    times = Timer(rounds=7, warmup_s=0.2).measure({"matmul": lambda: a @ b})
+    return 2.0 * size**3 / times["matmul"].cold / 1e9
+
+
+def main() -> None:
+    """Measures for at most ``--seconds`` and keeps the file up to date after every row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="the file to write")
+    parser.add_argument("--seconds", type=float, default=150.0, help="stop after this long")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_nested_conv2d: needs a CUDA device, and torch sees none")
+    end = time.monotonic() + options.seconds
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    rows: list[dict[str, object]] = []
+    missed: list[dict[str, object]] = []
+    rates = {name: matmul_rate(dtype) for name, dtype in DTYPES.items()}
+    result: dict[str, object] = {"matmul_tflop_per_s": rates, "rows": rows, "not_measured": missed}
+    timer = Timer()
+    for problem in problems():
+        if time.monotonic() >= end:
+            missed.append(problem._asdict())
+            continue
+        rows.append(measure(problem, timer))
+        write_text(options.json, json.dumps(result, indent=1))
+    write_text(options.json, json.dumps(result, indent=1))
+    print(f"{len(rows)} rows measured, {len(missed)} left for lack of time")
+
+
+if __name__ == "__main__":
+    main()
