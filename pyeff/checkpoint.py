@@ -20,6 +20,7 @@ from pyeff._extras import require
 
 FORMAT = 1
 FILE_NAME = "checkpoint.safetensors"
+MODEL_FILE_NAME = "model.safetensors"
 _MODEL = "model."
 _PURPOSE = "to read and write checkpoints"
 
@@ -77,7 +78,8 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Reads what :func:`write_archive` wrote.
 
     Args:
-        path: the file, or a folder that holds it as ``checkpoint.safetensors``.
+        path: the file, or the folder of a run: its ``model.safetensors`` if it is finished, else
+            its ``checkpoint.safetensors``.
 
     Returns:
         The tensors on the CPU, and the JSON document.
@@ -90,7 +92,8 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     safetensors = require("safetensors", "train", _PURPOSE)
     file = Path(path)
     if file.is_dir():
-        file = file / FILE_NAME
+        finished = file / MODEL_FILE_NAME
+        file = finished if finished.is_file() else file / FILE_NAME
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint: path must name a checkpoint file, got {file}")
     try:
@@ -103,7 +106,9 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"damaged ({error})"
         ) from error
     if "pyeff" not in header or "checksum" not in header:
-        raise ValueError(f"checkpoint: {file} must be written by pyeff, got another safetensors file")
+        raise ValueError(
+            f"checkpoint: {file} must be written by pyeff, got another safetensors file"
+        )
     if header.get("format") != str(FORMAT):
         raise ValueError(
             f"checkpoint: {file} must have format {FORMAT}, got {header.get('format')!r}: it was "
@@ -112,7 +117,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     found = f"{_checksum(sorted(tensors.items())):08x}"
     if found != header["checksum"]:
         raise ValueError(
-            f"checkpoint: {file} must have checksum {header['checksum']}, got {found}: it is damaged"
+            f"checkpoint: {file} must have checksum {header['checksum']}, got {found}: damaged"
         )
     return tensors, json.loads(header["pyeff"])
 
@@ -123,7 +128,7 @@ def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
         value = zlib.crc32(name.encode(), value)
         flat = tensor.contiguous().reshape(-1)
         if flat.numel():
-            value = zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), value)
+            value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value
 
 
@@ -225,8 +230,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if not isinstance(config, dict):
         raise TypeError(
-            "save: model must have a config (a model of pyeff.models), got "
-            f"{type(model).__name__}"
+            f"save: model must have a config (a model of pyeff.models), got {type(model).__name__}"
         )
     return config
 
@@ -236,7 +240,7 @@ def config_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> l
     keys = sorted(set(found) | set(wanted))
     nothing = "(not set)"
     return [
-        f"{key}: {found.get(key, nothing)!r} in the checkpoint, {wanted.get(key, nothing)!r} asked for"
+        f"{key}: {found.get(key, nothing)!r} in the checkpoint, {wanted.get(key, nothing)!r} here"
         for key in keys
         if _plain(found.get(key, nothing)) != _plain(wanted.get(key, nothing))
     ]

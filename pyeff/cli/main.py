@@ -3,6 +3,7 @@
 import typer
 
 from pyeff.cli.demo import demo
+from pyeff.cli.eval import evaluate
 from pyeff.cli.info import info
 from pyeff.cli.train import train
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 app.command()(info)
 app.command()(demo)
+app.command("eval")(evaluate)
 app.add_typer(train)

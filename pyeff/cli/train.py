@@ -63,6 +63,7 @@ _LEVELS: list[_Option] = [
     ),
     ("sandwich-levels", int, 4, "Levels a step under the sandwich rule."),
     ("distill", bool, False, "Lower levels learn the soft output of the largest."),
+    ("prune-until", float, 0.5, "Weight strategy: share of the steps in which masks are thinned."),
     ("task-rule", str, "joint", "joint: one optimiser step for all tasks; alternate: one each."),
 ]
 _NETWORK: list[_Option] = [

@@ -61,4 +61,6 @@ def _see(model: nn.Module, task: str, images: Iterable[Tensor]) -> None:
         for level in range(1, levels_of(model) + 1):
             call(model, x, task, level)
     if not count:
-        raise ValueError(f"calibrate: batches must hold images for every task, got none for {task!r}")
+        raise ValueError(
+            f"calibrate: batches must hold images for every task, got none for {task!r}"
+        )

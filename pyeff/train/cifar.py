@@ -61,17 +61,19 @@ def _images(content: dict[str, Any], path: Path) -> Tensor:
         raise ValueError(
             f"cifar: {path} must hold uint8 images [N, 3072], got {data.dtype} {list(data.shape)}"
         )
+    if not len(data):
+        raise ValueError(f"cifar: {path} must hold images, got none")
     planes = torch.from_numpy(np.array(data)).view(-1, 3, 32, 32)
     return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def _labels(content: dict[str, Any], key: str, images: int, classes: int, path: Path) -> Tensor:
     labels = torch.as_tensor(np.asarray(_entry(content, key, path)), dtype=torch.int64)
-    if labels.shape != (images,) or (images and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
-        raise ValueError(
-            f"cifar: {path} must hold {images} {key} in 0..{classes - 1}, got {labels.numel()} "
-            f"in {labels.min().item()}..{labels.max().item()}"
-        )
+    if labels.shape != (images,):
+        raise ValueError(f"cifar: {path} must hold {images} {key}, got {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"cifar: {path} must hold {key} in 0..{classes - 1}, got {low}..{high}")
     return labels
 
 

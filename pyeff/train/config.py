@@ -41,6 +41,8 @@ class TrainConfig:
         distill: levels below the largest learn the largest's soft output instead of the labels.
         task_rule: ``joint`` sums all tasks into one optimiser step; ``alternate`` gives each task
             an optimiser step of its own, in turn.
+        prune_until: for weight-connection learning (NestedNet): share of the steps over which the
+            masks are thinned to their targets.
         augment: random crops, and mirroring where a mirrored image keeps its class.
         calibrate: batches of training images with which batch norm statistics are computed anew
             after training; 0 keeps the running ones.
@@ -80,6 +82,7 @@ class TrainConfig:
     sandwich_levels: int = 4
     distill: bool = False
     task_rule: str = "joint"
+    prune_until: float = 0.5
     augment: bool = True
     calibrate: int = 0
     precision: str = "fp32"
@@ -103,12 +106,15 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "eval_every", "save_every"):
             _check(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("limit_train", "limit_test", "image_size"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive")
+            _check(
+                self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive"
+            )
         for name in ("weight_decay", "clip", "calibrate"):
             _check(self, name, getattr(self, name) >= 0, "not be negative")
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(self, name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
         _check(self, "lr", self.lr > 0, "be positive")
+        _check(self, "prune_until", 0 < self.prune_until <= 1, "be in (0, 1]")
         _check(self, "sandwich_levels", self.sandwich_levels >= 2, "be at least 2")
         _check(self, "tasks", bool(self.tasks), "name at least one task")
         _check(self, "model", "family" in self.model, "have a family (dvn, nestednet, backbone)")

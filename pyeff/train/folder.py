@@ -90,7 +90,10 @@ def _read_image(path: Path, image_size: int | None) -> np.ndarray:
     if image_size is not None:
         width, height = image.size
         scale = image_size / min(width, height)
-        width, height = max(image_size, round(width * scale)), max(image_size, round(height * scale))
+        width, height = (
+            max(image_size, round(width * scale)),
+            max(image_size, round(height * scale)),
+        )
         left, top = (width - image_size) // 2, (height - image_size) // 2
         image = image.resize((width, height), pillow.Resampling.BILINEAR)
         image = image.crop((left, top, left + image_size, top + image_size))

@@ -21,20 +21,23 @@ def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Mod
         The network, with fresh weights.
 
     Raises:
-        ValueError: an unknown family or option, or the plain backbone with several tasks.
+        ValueError: an unknown family or option, or several tasks for a network of one.
     """
     arguments: dict[str, Any] = {**model, "in_channels": tasks[0].image_shape[0]}
-    if model.get("family") != "backbone":
+    family = model.get("family")
+    if family not in ("backbone", "nestednet"):
         arguments["tasks"] = {task.name: task.classes for task in tasks}
-    elif len(tasks) == 1:
-        arguments["classes"] = tasks[0].classes
-        if "backbone" in arguments:
-            arguments["name"] = arguments.pop("backbone")
-    else:
+        return models.build(arguments)
+    if len(tasks) != 1:
         raise ValueError(
-            "train: the plain backbone must have one task, got "
-            f"{[task.name for task in tasks]}: train one for each"
+            f"train: {family} must have one task, got {[task.name for task in tasks]}: train one "
+            "for each, or a dvn for all"
         )
+    arguments["classes"] = tasks[0].classes
+    if family == "nestednet":
+        arguments["task"] = tasks[0].name
+    elif "backbone" in arguments:
+        arguments["name"] = arguments.pop("backbone")
     return models.build(arguments)
 
 

@@ -50,8 +50,8 @@ def build_optimizer(
         lr=lr,
         momentum=momentum,
         nesterov=momentum > 0,
-        # Not fused: that one does not raise a tensor's version, by which packed copies of weights are
-        # found to be out of date.
+        # Not fused: that one does not raise a tensor's version, by which packed copies of weights
+        # are found to be out of date.
         foreach=True,
     )
 

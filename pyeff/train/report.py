@@ -3,27 +3,33 @@
 import contextlib
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pyeff.checkpoint import save, write_bytes_atomically
+from pyeff.checkpoint import (
+    MODEL_FILE_NAME,
+    read_archive,
+    rebuild,
+    save,
+    write_bytes_atomically,
+)
 from pyeff.measure import LevelCost, measure_cost, measure_latency
 from pyeff.models.nested_resnet import NestedResNet
 from pyeff.ops import backend as forced_backend
-from pyeff.train.config import TrainConfig
-from pyeff.train.evaluate import LevelResult
+from pyeff.train.config import TrainConfig, config_from_json
+from pyeff.train.evaluate import LevelResult, evaluate
 from pyeff.train.plots import plot_levels
+from pyeff.train.processes import choose_device
 from pyeff.train.tasks import TaskData
-from pyeff.train.trainer import Trainer, TrainResult
-
-MODEL_FILE = "model.safetensors"
+from pyeff.train.trainer import Trainer, TrainResult, load_config_tasks
 
 
 def level_results(
@@ -62,9 +68,7 @@ def level_results(
     return results
 
 
-def _costs(
-    model: nn.Module, task: str, shape: Sequence[int], latency: bool
-) -> list[LevelCost]:
+def _costs(model: nn.Module, task: str, shape: Sequence[int], latency: bool) -> list[LevelCost]:
     if isinstance(model, NestedResNet):
         return model.costs(task, input_size=(shape[1], shape[2]), latency=latency)
     plain = model.eval()
@@ -74,29 +78,90 @@ def _costs(
         return [cost]
     like = next(plain.parameters())
     x = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
-    plain = plain.to(memory_format=torch.channels_last)
+    plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     seconds = measure_latency([plain], x.to(memory_format=torch.channels_last))
     return [replace(cost, latency_s=seconds[0])]
 
 
 def print_results(results: Sequence[LevelResult], console: Console | None = None) -> None:
     """Prints the table, with the columns that are known."""
-    table = Table()
+    columns: list[tuple[str, Callable[[LevelResult], str]]] = [
+        ("level", lambda r: str(r.level)),
+        ("acc %", lambda r: f"{100 * (r.accuracy or 0):.2f}"),
+        ("params", lambda r: f"{r.params:,}"),
+        ("MACs M", lambda r: f"{r.macs / 1e6:.2f}"),
+        ("weights KiB", lambda r: f"{r.weight_bytes / 1024:.1f}"),
+        ("peak KiB", lambda r: f"{r.peak_bytes / 1024:.1f}"),
+        ("ms", lambda r: f"{1e3 * (r.latency_s or 0):.3f}"),
+    ]
+    missing = {
+        "acc %": all(r.accuracy is None for r in results),
+        "ms": all(r.latency_s is None for r in results),
+    }
+    shown = [(name, text) for name, text in columns if not missing.get(name, False)]
+    table = Table(box=SIMPLE)
     table.add_column("task")
-    for name in ("level", "accuracy", "parameters", "MACs", "weights", "peak", "latency"):
-        table.add_column(name, justify="right")
+    for name, _ in shown:
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        table.add_row(
-            result.task,
-            str(result.level),
-            "-" if result.accuracy is None else f"{result.accuracy:.2%}",
-            f"{result.params:,}",
-            f"{result.macs / 1e6:,.2f} M",
-            f"{result.weight_bytes / 1024:,.1f} KiB",
-            f"{result.peak_bytes / 1024:,.1f} KiB",
-            "-" if result.latency_s is None else f"{result.latency_s * 1e3:.3f} ms",
-        )
+        table.add_row(result.task, *(text(result) for _, text in shown))
     (console or Console()).print(table)
+
+
+def evaluate_checkpoint(
+    path: str,
+    *,
+    data: str | None = None,
+    accuracy: bool = True,
+    latency: bool = True,
+    limit_test: int | None = None,
+    device: str = "auto",
+    backend: str | None = None,
+) -> list[LevelResult]:
+    """Accuracy and costs of every (task, level) of what a run left behind.
+
+    Args:
+        path: the run's folder, or a file in it.
+        data: folder of the data sets; by default the run's own.
+        accuracy: run the test images.
+        latency: measure the time of one image a level.
+        limit_test: at most this many test images of each task; by default as in the run.
+        device: see :func:`pyeff.train.processes.choose_device`.
+        backend: force one backend of the operators, see :func:`pyeff.backend`.
+
+    Returns:
+        One entry a task and level.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or has no tasks; the data is missing, broken, or of other classes.
+    """
+    tensors, meta = read_archive(path)
+    if "tasks" not in meta or "config" not in meta:
+        raise ValueError(f"eval: {path} must be of a run of pyeff train, got a model alone")
+    model = rebuild(tensors, meta, path).to(choose_device(device))
+    config = config_from_json(meta["config"])
+    settings: dict[str, Any] = {"data": data if data is not None else config.data}
+    if limit_test is not None:
+        settings["limit_test"] = limit_test
+    found = None
+    with forced_backend(backend) if backend else contextlib.nullcontext():
+        if accuracy:
+            tasks = load_config_tasks(replace(config, **settings))
+            found = evaluate(model, [_as_trained(task, meta["tasks"]) for task in tasks])
+        shapes = {name: task["image_shape"] for name, task in meta["tasks"].items()}
+        return level_results(model, shapes, found, measure_latency=latency)
+
+
+def _as_trained(task: TaskData, described: Mapping[str, Any]) -> TaskData:
+    """A task's data with the normalisation that the network was trained with."""
+    before = described.get(task.name)
+    if before is None or before["classes"] != list(task.class_names):
+        raise ValueError(
+            f"eval: data of task {task.name!r} must have the classes of the run, got "
+            f"{len(task.class_names)} others"
+        )
+    return replace(task, mean=tuple(before["mean"]), std=tuple(before["std"]))
 
 
 def train_and_report(
@@ -152,7 +217,9 @@ def write_report(
         results: the table.
     """
     described = {task.name: task.describe() for task in tasks}
-    save(result.model, out / MODEL_FILE, extra={"tasks": described, "config": config.to_json()})
+    save(
+        result.model, out / MODEL_FILE_NAME, extra={"tasks": described, "config": config.to_json()}
+    )
     document: dict[str, Any] = {
         "config": config.to_json(),
         "seconds": result.seconds,

@@ -16,6 +16,7 @@ from pyeff.checkpoint import (
     read_archive,
     write_archive,
 )
+from pyeff.train.config import config_from_json
 from pyeff.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 _RANDOM = "random.cpu"
@@ -113,7 +114,8 @@ def load_state(
         raise ValueError(
             f"resume: {path} must be of the same model, got: " + "; ".join(differences)
         )
-    differences = config_differences(meta["deciding"], deciding)
+    # Through TrainConfig, so that a setting that did not exist yet has its default.
+    differences = config_differences(config_from_json(meta["config"]).deciding(), deciding)
     if differences:
         raise ValueError(
             f"resume: {path} must be of a run with the same settings, got: "
@@ -130,7 +132,9 @@ def load_state(
 
 def kept(path: Path) -> str:
     """The end of an error message: which checkpoint is still good."""
-    return f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
+    return (
+        f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
+    )
 
 
 def read_config(out: str) -> dict[str, Any]:

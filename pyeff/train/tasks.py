@@ -92,7 +92,7 @@ def load_tasks(
     if not specs:
         raise ValueError(f"tasks: specs must name at least one task ({_SPECS}), got none")
     shared: dict[str, Tensor] = {}
-    tasks = []
+    tasks: list[TaskData] = []
     for spec in specs:
         task = _load(spec, data, limit_train, limit_test, image_size, shared)
         if any(task.name == other.name for other in tasks):

@@ -5,13 +5,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyeff.checkpoint import FILE_NAME
+from pyeff.checkpoint import FILE_NAME, MODEL_FILE_NAME
+from pyeff.models import NestedNet
 from pyeff.nn import synchronise_batch_norm
 from pyeff.train.batches import BatchStream, normalise
 from pyeff.train.calibrate import calibrate
@@ -29,6 +30,7 @@ from pyeff.train.step import TrainStep, levels_of_step
 from pyeff.train.tasks import TaskData, load_tasks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+_MASK_UPDATES = 64
 Batches = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -119,6 +121,9 @@ class Trainer:
                 session.restore()
             else:
                 session.history.restart([])
+                if processes.first:
+                    # What an overwritten run left would pass for this one's.
+                    (self.out / MODEL_FILE_NAME).unlink(missing_ok=True)
             processes.wait()
             return session.run()
 
@@ -145,7 +150,8 @@ class _Session:
         self.model = build_network(config.model, self.tasks)
         self.dtype = _DTYPES[config.precision]
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model.to(self.device, self.dtype).to(memory_format=layout)
+        self.model.to(self.device, self.dtype)
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.levels = levels_of(self.model)
         self.optimizer = build_optimizer(
             self.model,
@@ -175,7 +181,9 @@ class _Session:
         distributed = self.processes.ranks > 1
         if distributed and config.sync_batch_norm:
             synchronise_batch_norm(self.model)
-        network = torch.compile(self.model) if config.compile else self.model
+        network: nn.Module = self.model
+        if config.compile:
+            network = cast(nn.Module, torch.compile(self.model))
         step = TrainStep(
             network,
             distill=config.distill,
@@ -209,7 +217,6 @@ class _Session:
     def _meta(self) -> dict[str, Any]:
         return {
             "config": self.config.to_json(),
-            "deciding": self.config.deciding(),
             "tasks": {task.name: task.describe() for task in self.tasks},
             "records": self.history.records,
             "accuracy": [
@@ -253,6 +260,7 @@ class _Session:
             seed=self.config.seed,
             step=step,
         )
+        self._thin_masks(step)
         batches = {name: self._batch(stream, step) for name, stream in self.streams.items()}
         if self.config.task_rule == "joint":
             losses = self._update(batches, levels, step)
@@ -267,6 +275,14 @@ class _Session:
         self.progress.seconds += time.perf_counter() - began
         bar.advance(f"epoch {step // self.trainer.steps_per_epoch + 1}  loss {losses.mean():.3f}")
         return stopped
+
+    def _thin_masks(self, step: int) -> None:
+        """Moves NestedNet's masks along; sorting every weight at every step would cost too much."""
+        if not isinstance(self.model, NestedNet):
+            return
+        last = max(1, round(self.config.prune_until * self.trainer.steps))
+        if step <= last and (step == last or step % max(1, last // _MASK_UPDATES) == 0):
+            self.model.step(step / last)
 
     def _batch(self, stream: BatchStream, step: int) -> tuple[Tensor, Tensor]:
         x, y = stream.batch(step)
@@ -300,9 +316,7 @@ class _Session:
         self.optimizer.step()
         return losses
 
-    def _check_finite(
-        self, losses: Tensor, names: list[str], levels: list[int], step: int
-    ) -> None:
+    def _check_finite(self, losses: Tensor, names: list[str], levels: list[int], step: int) -> None:
         finite = torch.isfinite(losses)
         if bool(finite.all()):
             return
