@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.nn.units import Range
-from pyeff.ops import nested_conv2d
+from pyeff.ops.nested_conv2d import nested_conv2d
 
 
 class NestedConv2d(nn.Conv2d):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyeff.ops import nested_conv2d
+from pyeff.ops.nested_conv2d import nested_conv2d
 
 
 class LevelMask(nn.Module):
