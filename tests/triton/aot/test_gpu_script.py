@@ -1,0 +1,133 @@
+"""The parts of `make gpu` that can be run where there is no GPU."""
+
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "ops")]
+gpu = importlib.import_module("gpu")
+bench = importlib.import_module("gpu_nested_conv2d")
+
+pytestmark = pytest.mark.aot
+
+MACHINE = {"device": "a device", "torch": "2.11.0"}
+TIMES = {"cold": 0.0125, "low": 0.01, "high": 0.02, "wall": 0.03}
+
+
+def python(*lines):
+    return [sys.executable, "-c", "\n".join(lines)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_without_a_device_it_says_so_and_fails(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stderr
+
+
+def test_a_stage_keeps_the_end_of_the_output_and_the_exit_code():
+    assert gpu.run_stage("fine", python("print('hello')"), 60).ok
+    failed = gpu.run_stage("bad", python("print('seen')", "raise SystemExit(3)"), 60)
+    assert not failed.ok
+    assert "seen" in failed.output
+    assert "exit code 3" in failed.output
+
+
+def is_running(pid):
+    try:
+        return Path("/proc", pid, "stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_stage_is_stopped_at_its_limit_with_its_children():
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    parent = ["import subprocess, sys, time", f"print({child}.pid, flush=True)", "time.sleep(600)"]
+    stage = gpu.run_stage("slow", python(*parent), 5.0)
+    assert not stage.ok
+    assert stage.seconds < 60
+    assert "stopped after 5 s" in stage.output
+    end = time.monotonic() + 30
+    while is_running(stage.output.split()[0]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_running(stage.output.split()[0])
+
+
+def test_the_build_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "BUILD_TOOLS", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    stage = gpu.build(tmp_path / "site", tmp_path / "tools", 60)
+    assert not stage.ok
+    assert "the build needs no-such-package" in stage.output
+
+
+def report(results):
+    stage = {"name": "tests", "ok": False, "seconds": 12.3, "output": ""}
+    return {"machine": MACHINE, "stages": [stage], "results": results}
+
+
+def test_the_page_without_results_names_the_failed_stage():
+    page = gpu.markdown(report(None))
+    assert "| tests | FAILED | 12 |" in page
+    assert "dtype" not in page
+
+
+def test_the_page_has_one_line_a_row_and_says_what_is_not_measured():
+    first, second = list(bench.problems())[:2]
+    row = {
+        **first._asdict(),
+        "times_ms": {"ours": TIMES, "ours, graph": TIMES},
+        "ratio_to_strongest": 1.5,
+        "ratio_graphs": 2.5,
+        "tflop_per_s": 7.0,
+    }
+    rates = {"matmul_tflop_per_s": {"bf16": 700.0}, "not_measured": [second._asdict()]}
+    page = gpu.markdown(report({**rates, "rows": [row]}))
+    (line,) = [line for line in page.splitlines() if line.startswith("| 256 |")]
+    assert "0.0125 (0.0300)" in line
+    assert line.count("| -") == len(gpu.CANDIDATES) - 2
+    assert line.endswith("| 1.50 | 2.50 | 7 |")
+    assert "1 rows were not measured" in page
+
+
+SMALL = [bench.Problem(8, 5, 0.5, 2, "tf32", training) for training in (False, True)]
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: "training" if p.training else "forward")
+def test_every_candidate_computes_the_same(problem):
+    inputs = bench.make_inputs(problem, "cpu")
+    expected = bench.expected_results(problem, inputs)
+    candidates = bench.eager_candidates(problem, inputs)
+    assert len(expected) == (4 if problem.training else 1)
+    for name, call in candidates.items():
+        bench.verify(problem, name, call(), expected)
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: "training" if p.training else "forward")
+def test_verification_refuses_a_wrong_candidate(problem):
+    inputs = bench.make_inputs(problem, "cpu")
+    expected = bench.expected_results(problem, inputs)
+    wrong = bench.eager_candidates(problem, inputs)["sliced"]()
+    results = wrong if isinstance(wrong, list) else [wrong]
+    results[-1] = results[-1] * 1.01
+    with pytest.raises(RuntimeError, match="broken is wrong on"):
+        bench.verify(problem, "broken", results, expected)
+    results[-1] = torch.full_like(results[-1], float("nan"))
+    with pytest.raises(RuntimeError, match="broken is wrong on"):
+        bench.verify(problem, "broken", results, expected)
+
+
+def test_problems_are_those_of_the_plan():
+    every = list(bench.problems())
+    assert len(set(every)) == len(every) == 3 * 3 * 3 * 3 * 2
+    assert sum(problem.with_compile for problem in every) == 6
+    one = bench.Problem(64, 56, 0.5, 2, "fp16", False)
+    assert one.flop == 2 * (2 * 56 * 56) * 32 * 32 * 9
+    assert one._replace(training=True).flop == 3 * one.flop
