@@ -110,6 +110,7 @@ inline Index band_pixel(Index channels, Index step_w) {
 template <typename T, typename A>
 void copy_band(const Image<const T>& image, Index n, Index row, Index rows, Index col, Index cols,
                Index channel, Index channels, Index pixel, A* to) {
+  if (channels == 0) return;  // nothing will be read, and the image may have no memory
   const Index first = smaller(larger(-col, 0), cols);
   const Index last = larger(smaller(image.cols - col, cols), first);
   const bool dense = image.col_stride == channels && pixel == channels;
