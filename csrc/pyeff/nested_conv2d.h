@@ -36,14 +36,16 @@ struct NestedConv2d {
 namespace cpu {
 
 // The packed form of a whole weight serves every selection: panels of kPanel output channels,
-// [groups][ceil(O / groups / kPanel)][kh * kw][I / groups][kPanel], zero-filled at the end.
+// [groups][ceil(O / groups / kPanel)][kh * kw][I / groups][kPanel], zero-filled at the end; of a
+// depth-wise weight [kh * kw][channels and padding].
 // float32 for every weight but float64, which stays float64.
 std::int64_t nested_conv2d_packed_elements(const TensorView& weight, std::int64_t groups);
 void nested_conv2d_pack(const TensorView& weight, const TensorView& packed, std::int64_t groups,
                         int threads);
 
-// packed or bias may be null. Without a packed copy each panel is gathered from the weight into
-// thread-local scratch as it is used; an index is served the same way.
+// packed or bias may be null. Without a packed copy, or with an index of outputs, each panel is
+// gathered from the weight into thread-local scratch as it is used; with an index of inputs the
+// panel's rows are copied together from the packed form.
 void nested_conv2d_forward(const TensorView& x, const TensorView& weight, const TensorView* packed,
                            const TensorView* bias, const TensorView& y, const NestedConv2d& conv);
 
