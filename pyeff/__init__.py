@@ -6,7 +6,8 @@ import torch  # noqa: F401
 from pyeff import models, nn, ops
 from pyeff._C import version
 from pyeff._info import info
+from pyeff.checkpoint import load, save
 from pyeff.ops import backend, clear_packed, isa
 
-__all__ = ["backend", "clear_packed", "info", "isa", "models", "nn", "ops"]
+__all__ = ["backend", "clear_packed", "info", "isa", "load", "models", "nn", "ops", "save"]
 __version__ = version
