@@ -182,17 +182,18 @@ def grad_weight(
     """
     precision = _precision(x.dtype, precision)
     layer = nested_layer(weight_shape, in_sel, out_sel, (stride, padding, dilation), groups)
-    grad = empty_channels_last(weight_shape, x).zero_()
-    if grad_y.numel() == 0 or x.numel() == 0 or grad.numel() == 0:
+    grad = empty_channels_last(weight_shape, x)
+    empty = grad_y.numel() == 0 or x.numel() == 0 or grad.numel() == 0
+    if empty or not layer.is_whole:
+        grad.zero_()
+    if empty:
         return grad
     pixels = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
     if layer.depthwise:
         tile = tile or DEPTHWISE
         depth, programs = tile.rows, blocks(grad_y.shape[1], tile.cols)
     else:
-        kind = arithmetic(x.dtype, precision)
-        cols = layer.C * layer.R * layer.S
-        tile = tile or choose("grad_weight", kind, x.device, layer.K, cols, layer.groups)
+        tile = tile or _grad_weight_tile(x, precision, layer, pixels)
         depth = tile.depth
         programs = blocks(layer.K, tile.rows) * blocks(layer.C, tile.cols) * layer.groups
     if shares is None:
@@ -331,3 +332,10 @@ def _gemm_tile(x: Tensor, precision: str, layer: Layer, rows: int, cols: int, gr
     by_range = layer.inputs.numbers is None and layer.outputs.numbers is None
     kind = arithmetic(x.dtype, precision)
     return choose("gemm" if by_range else "gather", kind, x.device, rows, cols, groups)
+
+
+def _grad_weight_tile(x: Tensor, precision: str, layer: Layer, pixels: int) -> Tile:
+    # The taps, and the shares that the pixels can be split into, fill the device too.
+    copies = layer.groups * layer.R * layer.S * max(1, pixels // 256)
+    kind = arithmetic(x.dtype, precision)
+    return choose("grad_weight", kind, x.device, layer.K, layer.C, copies)

@@ -222,6 +222,7 @@ def launch_forward(
     precision: str,
     tile: Tile | None,
 ) -> None:
+    """Launches the forward kernel on a y that is not empty; ``precision`` has no say here."""
     del precision  # no tensor cores: products are exact
     N, K, P, Q = y.shape
     pixels = N * P * Q
@@ -246,6 +247,7 @@ def launch_grad_input(
     precision: str,
     tile: Tile | None,
 ) -> None:
+    """Launches the input gradient on a grad_x that is not empty."""
     del precision
     N, C, H, W = grad_x.shape
     pixels = N * H * W
@@ -272,6 +274,7 @@ def launch_grad_weight(
     tile: Tile,
     per_share: int,
 ) -> None:
+    """Launches the weight gradient: sums of ``per_share`` pixels each, one slice of out a share."""
     del precision
     N, K, P, Q = grad_y.shape
     pixels = N * P * Q

@@ -35,7 +35,14 @@ class Layer(NamedTuple):
     depthwise: bool
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every element of the full weight is certain to be selected."""
+        by_range = self.inputs.numbers is None and self.outputs.numbers is None
+        return by_range and self.full_in == self.C and self.outputs.size == self.full_out
+
+    @property
     def selection(self) -> tuple[int, int, int, int]:
+        """in_lo, out_lo, full_in, full_out, in the order of the kernels' arguments."""
         return self.inputs.lo, self.outputs.lo, self.full_in, self.full_out
 
 
@@ -46,6 +53,7 @@ def nested_layer(
     window: tuple[Sequence[int], Sequence[int], Sequence[int]],
     groups: int,
 ) -> Layer:
+    """The layer for a full weight's shape, two selections, (stride, padding, dilation), groups."""
     inputs, outputs = side(in_sel), side(out_sel)
     full_out, full_in, R, S = weight_shape
     active = 1
@@ -69,6 +77,7 @@ def nested_layer(
 
 
 def side(selection: Selection) -> Side:
+    """A selection in the form that the kernels take."""
     if isinstance(selection, Tensor):
         return Side(0, selection.numel(), selection.contiguous())
     lo, hi = selection
@@ -76,14 +85,17 @@ def side(selection: Selection) -> Side:
 
 
 def output_size(size: int, padding: int, taps: int, stride: int, dilation: int) -> int:
+    """Pixels of the result along one side; ``padding`` is the sum of both ends."""
     return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
 def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of ``like``'s dtype and device, channels_last."""
     return torch.empty(
         tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
 
 
 def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``."""
     return -(-size // block)
