@@ -1,0 +1,115 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pyeff.cli.main import app
+
+TESTS = Path(__file__).parent.parent
+TINY = [
+    *("--task", "digits", "--task", "digits:parity", "--backbone", "resnet8", "--levels", "2"),
+    *("--width", "4", "--width", "8", "--width", "8", "--epochs", "2", "--batch-size", "32"),
+    *("--limit-train", "96", "--limit-test", "64", "--device", "cpu"),
+]
+COMMAND = [sys.executable, "-c", "from pyeff.cli.main import app; app()"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def records(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def interrupted(out, arguments):
+    """Starts a run, sends SIGINT when its first epoch is written, returns (code, stderr)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=240)
+    return process.returncode, stderr
+
+
+def test_sigint_saves_and_resume_ends_as_if_nothing_had_been(tmp_path):
+    long = [*TINY, "--epochs", "30"]
+    code, stderr = interrupted(
+        tmp_path / "a", ["train", "dvn", *long, "--out", str(tmp_path / "a")]
+    )
+    assert code == 130, stderr
+    step = int(re.search(r"stopped after step (\d+) of 90", stderr)[1])
+    assert 0 < step < 90
+    result = invoke("train", "dvn", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    whole = invoke("train", "dvn", *long, "--out", tmp_path / "b")
+    assert whole.exit_code == 0, whole.output
+    assert records(out) == records(tmp_path / "b")
+    tables = [json.loads((tmp_path / d / "results.json").read_text()) for d in "ab"]
+    assert tables[0]["results"] == tables[1]["results"]
+
+
+def test_table_and_files(tmp_path):
+    result = invoke("train", "dvn", *TINY, "--epochs", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "digits:parity" in result.output
+    names = {p.name for p in tmp_path.iterdir()}
+    expected = {"checkpoint.safetensors", "model.safetensors", "metrics.jsonl"}
+    assert expected | {"results.json", "levels.png"} == names
+    again = invoke("train", "dvn", *TINY, "--out", tmp_path)
+    assert again.exit_code == 1
+    assert "error: train:" in again.output
+    assert "must be a new folder" in again.output
+
+
+def test_resume_refuses_other_settings_and_families(tmp_path):
+    assert invoke("train", "dvn", *TINY, "--epochs", "1", "--out", tmp_path).exit_code == 0
+    other = invoke("train", "dvn", "--resume", "--levels", "4", "--out", tmp_path)
+    assert other.exit_code == 1
+    assert "levels: 2 in the checkpoint, 4 here" in other.output
+    family = invoke("train", "nestednet", "--resume", "--out", tmp_path)
+    assert family.exit_code == 1
+    assert "must be a run of nestednet, got one of dvn" in family.output
+
+
+def test_errors_are_one_line_and_exit_1(tmp_path):
+    missing = ("train", "dvn", "--data", tmp_path / "none", "--task", "cifar100:fine")
+    result = invoke(*missing, "--out", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "cifar-100-python must hold the files" in result.output
+    assert "does not exist" in result.output
+    assert "Traceback" not in result.output
+    result = invoke("train", "dvn", "--epochs", "0", "--out", tmp_path / "o")
+    assert "error: TrainConfig: epochs must be at least 1, got 0" in result.output
+    result = invoke("train", "dvn", "--backbone", "vgg", "--out", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "backbone must be one of" in result.output
+
+
+def test_divergence_is_told(tmp_path):
+    wild = [*TINY, "--schedule", "constant", "--lr", "1e30", "--out", tmp_path]
+    result = invoke("train", "dvn", *wild)
+    assert result.exit_code == 1
+    assert "losses must be finite" in result.output
+    assert "at step" in result.output
+
+
+@pytest.mark.parametrize("command", ["dvn", "nestednet", "backbone"])
+def test_help_has_an_example(command):
+    result = invoke("train", command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: pyeff train {command}" in " ".join(result.output.split())

@@ -1,0 +1,23 @@
+"""One tiny run; started by torchrun or alone by test_distributed.py."""
+
+import sys
+
+from train.tiny import MODEL, tiny_config
+
+from pyeff.train import Trainer
+
+out, rule = sys.argv[1:]
+levels = 4 if rule == "sandwich" else 2
+Trainer(
+    tiny_config(
+        out,
+        model={**MODEL, "levels": levels},
+        precision="fp64",
+        epochs=1,
+        limit_test=63,  # an odd number: the two processes have unequal shares
+        level_rule="sandwich" if rule == "sandwich" else "sum",
+        sandwich_levels=3,
+        task_rule="alternate" if rule == "alternate" else "joint",
+        lr=0.05,
+    )
+).fit()

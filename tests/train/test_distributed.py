@@ -1,0 +1,37 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyeff.checkpoint import read_archive
+
+HERE = Path(__file__).parent
+
+
+def run(out, rule, processes):
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
+    count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, *launcher, *count, str(HERE / "distributed_run.py"), str(out), rule]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_archive(out / "checkpoint.safetensors")
+
+
+@pytest.mark.parametrize("rule", ["sum", "alternate", "sandwich"])
+def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path, rule):
+    alone, meta = run(tmp_path / "one", rule, 1)
+    together, joint_meta = run(tmp_path / "two", rule, 2)
+    for name, tensor in alone.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(
+                together[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        elif name != "random.cpu":
+            assert torch.equal(together[name], tensor), name
+    for mine, theirs in zip(meta["records"], joint_meta["records"], strict=True):
+        assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-9)
+        assert theirs["test_accuracy"] == pytest.approx(mine["test_accuracy"], abs=1e-6)
