@@ -9,8 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pyeff.models import dvn
 
 
-def _model(mode="full", levels=5):
-    sizes = {"widths": [10, 20] if levels == 5 else [8, 16], "depths": [1, 1]}
+def _model(mode="full", levels=5, stages=2):
+    widths = [10, 20] if levels == 5 else [8, 16]
+    sizes = {"widths": widths[:stages], "depths": [1] * stages}
     return randomise_norms(dvn("resnet8", {"a": 4, "b": 3}, levels, mode, in_channels=1, **sizes))
 
 
@@ -34,7 +35,7 @@ def test_levels_share_graphs(mode):
 
 
 def test_training_shares_graphs_and_gradients():
-    model, twin = _model(), _model()
+    model, twin = _model(levels=4, stages=1), _model(levels=4, stages=1)
     twin.load_state_dict(model.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
