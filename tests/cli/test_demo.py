@@ -1,0 +1,87 @@
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+import pyeff
+from pyeff.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    arguments = ["demo", "--out", str(out), "--epochs", "1", "--budget-macs", "200000"]
+    return out, CliRunner().invoke(app, arguments)
+
+
+class Page(HTMLParser):
+    """What a page asks for from elsewhere, and the texts of its table cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.outside, self.images, self.rows, self.in_cell = [], [], [], False
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "action"):
+                (self.images if value.startswith("data:") else self.outside).append(value)
+        if tag == "tr":
+            self.rows.append([])
+        self.in_cell = tag == "td"
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.rows[-1].append(data)
+            self.in_cell = False
+
+
+@pytest.fixture
+def page(run):
+    parsed = Page()
+    parsed.feed((run[0] / "report.html").read_text())
+    return parsed
+
+
+def test_it_ends_well_and_says_where_the_report_is(run):
+    result = run[1]
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output
+    assert "Budget: 200,000 MACs" in result.output
+
+
+def test_the_report_needs_nothing_else(page, run):
+    assert page.outside == []
+    (image,) = page.images
+    assert base64.b64decode(image.partition("base64,")[2]) == (run[0] / "levels.png").read_bytes()
+    assert "url(" not in (run[0] / "report.html").read_text()
+
+
+def test_the_report_has_every_level_beside_the_dense_network(page):
+    networks = [row[0] for row in page.rows if row]
+    assert networks == 2 * ["level 1", "level 2", "level 3", "level 4", "dense, alone"]
+    for row in filter(None, page.rows):
+        accuracy, params, macs = row[1], row[2], row[3]
+        assert re.fullmatch(r"\d+\.\d%", accuracy)
+        assert int(params.replace(",", "")) > 0
+        assert int(macs.replace(",", "")) > 0
+    params = [int(row[2].replace(",", "")) for row in page.rows if row]
+    assert params[:4] == sorted(params[:4])
+    assert params[3] == params[4]
+
+
+def test_the_budget_decides_the_level(run):
+    out, result = run
+    model = pyeff.load(out / "nested")
+    for task in ("digit", "parity"):
+        level = model.pick(task, max_macs=200_000, input_size=8)
+        assert 1 < level < 4
+        assert f"{task}: level {level} fits" in result.output
+
+
+def test_a_budget_below_the_smallest_level_fails_before_training(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--budget-params", "9"])
+    assert result.exit_code == 1
+    assert "smallest level's cost" in result.output
+    assert not (tmp_path / "d").exists()
