@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "pyeff/config.h"
 #include "pyeff/device.h"
@@ -50,6 +51,17 @@ void bind_info(py::module_& m) {
   m.attr("compiler") = kCompiler;
   m.def("cuda_info", &cuda_info, "CUDA kernels in this build, and the devices that it sees.");
   m.def("isa", [] { return cpu::isa_name(cpu::isa()); }, "The instruction set in use.");
+  m.def(
+      "run_fma_loop",
+      [](std::int64_t repeats, int threads) {
+        if (repeats < 1 || threads < 1) {
+          throw py::value_error("run_fma_loop: repeats and threads must be at least 1");
+        }
+        const py::gil_scoped_release no_gil;
+        return cpu::run_fma_loop(repeats, threads);
+      },
+      py::arg("repeats"), py::arg("threads"),
+      "Multiply-adds in registers only; returns the floating-point operations done.");
   m.def("available_isas", &available_isas, "Instruction sets that can be forced, best last.");
   m.def(
       "force_isa",

@@ -124,11 +124,20 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, 
 
 
 def _grad_bias(grad_y: Tensor, channels: int, conv: Conv) -> Tensor:
-    part = grad_y.sum(dim=(0, 2, 3))
+    part = _sum_over_pixels(grad_y)
     if isinstance(conv.out_selection, Tensor):
         return part.new_zeros(channels).index_copy(0, conv.out_selection, part)
     lo, hi = conv.out_selection
     return F.pad(part, (lo, channels - hi))
+
+
+def _sum_over_pixels(grad_y: Tensor) -> Tensor:
+    """[C] from [N, C, H, W]."""
+    if not grad_y.is_cpu or grad_y.dtype not in (torch.float32, torch.float64):
+        return grad_y.sum(dim=(0, 2, 3))
+    # On the CPU a product with ones takes a seventh of the time of sum() in channels_last.
+    rows = grad_y.permute(0, 2, 3, 1).reshape(-1, grad_y.shape[1])
+    return torch.mv(rows.t(), rows.new_ones(rows.shape[0]))
 
 
 def _twice_differentiable_gradients(
