@@ -30,6 +30,7 @@ def backend(name: str) -> Iterator[None]:
             backend cannot take its tensors, and RuntimeError where it is not installed.
 
     Example:
+        >>> x, weight = torch.randn(1, 8, 5, 5), torch.randn(4, 8, 3, 3)
         >>> with pyeff.backend("reference"):
         ...     y = pyeff.ops.nested_conv2d(x, weight)
     """
