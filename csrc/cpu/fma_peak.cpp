@@ -10,19 +10,19 @@ namespace pyeff::cpu::PYEFF_ISA {
 extern const FmaLoop fma_loop = [](std::int64_t repeats) -> double {
   // More chains than latency times throughput on any of our machines.
   constexpr int kChains = kVecBytes == 16 ? 8 : 12;
-  Vec<float> sum[kChains], factor = Vec<float>{} + 0.999f, term = Vec<float>{} + 1e-3f;
+  const Vec<float> factor = Vec<float>{} + 0.999f, term = Vec<float>{} + 1e-3f;
+  Vec<float> sum[kChains];
+#pragma GCC unroll 12
   for (int i = 0; i < kChains; ++i) sum[i] = Vec<float>{} + static_cast<float>(i);
   for (std::int64_t r = 0; r < repeats; ++r) {
 #pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * factor + term;
-#if defined(__x86_64__)
-    asm volatile("" : "+v"(sum[0]), "+v"(factor));  // the loop may not be folded
-#else
-    asm volatile("" : "+w"(sum[0]), "+w"(factor));
-#endif
   }
-  volatile float used = 0;
-  for (int i = 0; i < kChains; ++i) used = used + sum[i][0];
+  Vec<float> total{};
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) total += sum[i];
+  volatile float used = total[0];  // without a use the loop would go
+  (void)used;
   return 2.0 * kChains * kLanes<float> * static_cast<double>(repeats);
 };
 
