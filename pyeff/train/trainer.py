@@ -194,9 +194,7 @@ class _Session:
             return step, None
         # Tasks in turn and sampled levels leave parameters without a gradient in some steps.
         some_unused = config.task_rule == "alternate" or config.level_rule == "sandwich"
-        return step, DistributedDataParallel(
-            step, broadcast_buffers=False, find_unused_parameters=some_unused
-        )
+        return step, DistributedDataParallel(step, find_unused_parameters=some_unused)
 
     def restore(self) -> None:
         """Takes up the run where its checkpoint stands."""

@@ -37,7 +37,7 @@ def test_table(run):
     assert result.exit_code == 0, result.output
     assert result.output.count("digits:parity") == 2
     assert "acc %" in result.output
-    assert "ms" not in result.output
+    assert "ms" not in result.output.split()
     costs = invoke("--checkpoint", run[0], "--no-latency", "--no-accuracy")
     assert "acc %" not in costs.output
     assert "params" in costs.output

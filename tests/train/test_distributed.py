@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pyeff
 from pyeff.checkpoint import read_archive
 
 HERE = Path(__file__).parent
@@ -14,7 +15,8 @@ HERE = Path(__file__).parent
 def run(out, rule, processes):
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
     count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join([str(HERE.parent), str(Path(pyeff.__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, *launcher, *count, str(HERE / "distributed_run.py"), str(out), rule]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
