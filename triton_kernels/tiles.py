@@ -79,6 +79,8 @@ TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     for task, rows in (("gemm", _GEMM), ("gather", _GATHER), ("grad_weight", _GRAD_WEIGHT))
     for architecture in (80, 90, 100)
 }
+# There mma.sync takes both factors, transposed, from registers: 128 rows spill.
+TILES["grad_weight", 80] = {**_GRAD_WEIGHT, "tf32": _GRAD_WEIGHT["tf32"][1:]}
 DEPTHWISE = Tile(32, 64, 1, 4, 2)  # one row for all: the depth-wise kernels are bound by memory
 # Triton's interpreter pays per operation, not per element: one or two large programs.
 INTERPRETER = Tile(512, 64, 64, 1, 1)
