@@ -1,12 +1,15 @@
 """One packed copy per weight version, shared by every level that reads the weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyeff import _C
 from pyeff.ops._weak_cache import WeakTensorCache
 
-# None marks a weight that was seen once. Packing waits for the second call, so that weights made
+# True marks a weight that was seen once. Packing waits for the second call, so that weights made
 # for a single use (casts, composed or normalised weights) never pay for a copy.
 _packed: WeakTensorCache[Tensor | bool] = WeakTensorCache()
 
@@ -45,3 +48,13 @@ def clear_packed(weight: Tensor | None = None) -> None:
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"clear_packed: weight must be a tensor or None, got {type(weight)}")
     _packed.clear(weight)
+
+
+def _forget_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # Fused optimisers write to parameters without raising their version (torch 2.13).
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _packed.clear(parameter)
+
+
+register_optimizer_step_post_hook(_forget_stepped)

@@ -152,6 +152,20 @@ def test_packed_weight_follows_every_change_of_the_weight():
     check_now()
 
 
+def test_packed_weight_follows_a_fused_optimiser():
+    x, weight = torch.randn(1, 8, 6, 6), torch.nn.Parameter(torch.randn(8, 8, 3, 3))
+    optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
+    with pyeff.backend("cpp"):
+        for _ in range(3):
+            with torch.no_grad():
+                for _ in range(3):
+                    y = nested_conv2d(x, weight, padding=1)
+            want = reference(x.double(), weight.double(), padding=1)
+            assert_close(y, want, "y", scale=10)
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+
+
 def test_one_packed_copy_serves_all_levels_and_dies_with_the_weight():
     from pyeff.ops._packed import _packed
 
