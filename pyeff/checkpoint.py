@@ -69,7 +69,8 @@ def write_archive(
     header = {
         "format": str(FORMAT),
         "checksum": f"{_checksum(plain.items()):08x}",
-        "pyeff": json.dumps(meta, sort_keys=True),
+        # Never sorted: the order of the tasks decides which head and start unit is whose.
+        "pyeff": json.dumps(meta),
     }
     write_bytes_atomically(path, safetensors.save(plain, metadata=header))
 

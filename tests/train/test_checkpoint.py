@@ -12,7 +12,7 @@ from pyeff.models import build
 
 
 def network(**changes):
-    return build({**MODEL, "tasks": {"a": 3, "b": 2}, "in_channels": 1, **changes})
+    return build({**MODEL, "tasks": {"b": 3, "a": 2}, "in_channels": 1, **changes})
 
 
 def test_model_comes_back(tmp_path):
