@@ -2,14 +2,16 @@
 
 import doctest
 import importlib
-import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import pyeff
 
-NAMES = ["pyeff", *(m.name for m in pkgutil.walk_packages(pyeff.__path__, "pyeff."))]
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = [path.relative_to(ROOT) for path in sorted((ROOT / "pyeff").rglob("*.py"))]
+NAMES = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in PATHS]
 
 
 def examples(name):
@@ -19,7 +21,7 @@ def examples(name):
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("._C")])
+@pytest.mark.parametrize("name", NAMES)
 def test_examples(name):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in examples(name):
