@@ -1,4 +1,4 @@
-"""What the build promises: no libtorch inside, and a clear word where CUDA was asked for in vain."""
+"""What the build promises: no libtorch inside, and a clear word where CUDA cannot be built."""
 
 import os
 import shutil
