@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pyeff.cli.main import app
@@ -32,7 +33,8 @@ def records(out):
 
 def interrupted(out, arguments):
     """Starts a run, sends SIGINT when its first epoch is written, returns (code, stderr)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Sums depend on how many threads share them: as many as in this process.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [*COMMAND, *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
