@@ -40,3 +40,85 @@ def nested_conv2d_grad_weight(
     out_index: Tensor | None,
     problem: tuple[int, ...],
 ) -> None: ...
+
+# --- branches; B branches, k of them for each of N images -----------------------------------------
+#
+# index is int32 [N, k], contiguous; a value outside of [0, B) is a ValueError that names it.
+# Maps have their channels side by side (channel stride 1); images, pairs, rows and columns may be
+# strided. A map that all k branches of an image share has 4 dimensions, one for each pair 5:
+#   x, grad_x    [N, C, H, W] or [N, k, C, H, W]
+#   y, grad_y    [N, k, O, H', W']
+# weight and grad_weight are contiguous [B, O, C / groups, kh, kw], bias and grad_bias contiguous
+# [B, O]; all floating-point tensors of a call have one dtype. Every element of an output is
+# written; the same branch may appear twice for an image.
+# problem: (stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups, threads)
+
+# Elements of the packed form of weight; it is float32, or float64 for a float64 weight.
+def branch_conv2d_packed_elements(weight: Tensor, groups: int) -> int: ...
+def branch_conv2d_pack(weight: Tensor, packed: Tensor, groups: int, threads: int) -> None: ...
+def branch_conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# A shared grad_x is summed over the k branches of an image, in an order that the index decides.
+def branch_conv2d_grad_input(
+    grad_y: Tensor, weight: Tensor, index: Tensor, grad_x: Tensor, problem: tuple[int, ...]
+) -> None: ...
+
+# Both are exactly zero for branches that no image chose.
+def branch_conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# out[n] = bias + sum_j route_weight[n, j] * projection[index[n, j]] @ y[n, j]
+# y and grad_y [N, k, F] with feature stride 1; projection and grad_projection contiguous [B, O, F];
+# bias [O]; route_weight and grad_route_weight contiguous [N, k]; out and grad_out contiguous [N, O];
+# all of one floating-point dtype. packed is branch_conv2d_pack's form of projection as
+# [B, O, F, 1, 1], groups 1. The gradient of bias is grad_out.sum(0).
+def combine_forward(
+    y: Tensor,
+    projection: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    route_weight: Tensor,
+    out: Tensor,
+    threads: int,
+) -> None: ...
+
+# Either output may be None. y is read only for grad_route_weight.
+def combine_grad_input(
+    grad_out: Tensor,
+    y: Tensor,
+    projection: Tensor,
+    index: Tensor,
+    route_weight: Tensor,
+    grad_y: Tensor | None,
+    grad_route_weight: Tensor | None,
+    threads: int,
+) -> None: ...
+
+# Exactly zero for branches that no image chose.
+def combine_grad_projection(
+    grad_out: Tensor,
+    y: Tensor,
+    index: Tensor,
+    route_weight: Tensor,
+    grad_projection: Tensor,
+    threads: int,
+) -> None: ...
+
+# scores [N, B], any floating-point dtype, any strides; index int32 [N, k], contiguous, is written:
+# by falling score, ties to the lower number. NaN is a ValueError, and so is k > B.
+def top_k_routes(scores: Tensor, index: Tensor) -> None: ...
