@@ -2,6 +2,20 @@
 
 from pyeff.ops._dispatch import backend, isa
 from pyeff.ops._packed import clear_packed
+from pyeff.ops.branch_conv2d import branch_conv2d
+from pyeff.ops.branch_linear import branch_linear
+from pyeff.ops.combine import combine
 from pyeff.ops.nested_conv2d import nested_conv2d
+from pyeff.ops.top_k_routes import Routes, top_k_routes
 
-__all__ = ["backend", "clear_packed", "isa", "nested_conv2d"]
+__all__ = [
+    "Routes",
+    "backend",
+    "branch_conv2d",
+    "branch_linear",
+    "clear_packed",
+    "combine",
+    "isa",
+    "nested_conv2d",
+    "top_k_routes",
+]
