@@ -4,8 +4,9 @@ from pyeff.train.calibrate import calibrate
 from pyeff.train.config import TrainConfig, config_from_json
 from pyeff.train.evaluate import LevelResult, evaluate
 from pyeff.train.interrupt import TrainingInterrupted
+from pyeff.train.session import TrainResult
 from pyeff.train.tasks import TaskData, load_tasks
-from pyeff.train.trainer import Trainer, TrainResult, load_config_tasks
+from pyeff.train.trainer import Trainer, load_config_tasks
 
 __all__ = [
     "LevelResult",

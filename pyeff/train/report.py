@@ -28,8 +28,9 @@ from pyeff.train.config import TrainConfig, config_from_json
 from pyeff.train.evaluate import LevelResult, evaluate
 from pyeff.train.plots import plot_levels
 from pyeff.train.processes import choose_device
+from pyeff.train.session import TrainResult
 from pyeff.train.tasks import TaskData
-from pyeff.train.trainer import Trainer, TrainResult, load_config_tasks
+from pyeff.train.trainer import Trainer, load_config_tasks
 
 
 def level_results(

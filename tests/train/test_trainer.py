@@ -21,9 +21,9 @@ def untimed(records):
 
 def interrupt_at(monkeypatch, step):
     """A SIGINT from the terminal while the given step runs."""
-    from pyeff.train import trainer
+    from pyeff.train.session import Session
 
-    original, sent = trainer._Session._update, []
+    original, sent = Session._update, []
 
     def update(self, batches, levels, now):
         if now == step and not sent:
@@ -31,7 +31,7 @@ def interrupt_at(monkeypatch, step):
             signal.raise_signal(signal.SIGINT)
         return original(self, batches, levels, now)
 
-    monkeypatch.setattr(trainer._Session, "_update", update)
+    monkeypatch.setattr(Session, "_update", update)
 
 
 def test_learns_the_digits(tmp_path):
@@ -133,9 +133,9 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(tmp_path))
-    from pyeff.train import trainer as module
+    from pyeff.train.session import Session
 
-    original = module._Session._update
+    original = Session._update
 
     def update(self, batches, levels, step):
         losses = original(self, batches, levels, step)
@@ -144,7 +144,7 @@ def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path, monke
                 next(self.model.parameters()).view(-1)[0] = float("inf")
         return losses
 
-    monkeypatch.setattr(module._Session, "_update", update)
+    monkeypatch.setattr(Session, "_update", update)
     with pytest.raises(FloatingPointError, match="weights must be finite to be saved"):
         trainer.fit()
     assert read_archive(trainer.checkpoint)[1]["step"] == 3
