@@ -1,0 +1,111 @@
+"""The backends of branch_stage; every function takes checked arguments."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyeff.ops._branch_plan import BranchPlan
+from pyeff.ops._branch_steps import OP, Shape, Step
+from pyeff.ops._dispatch import choose
+from pyeff.reference.branch_stage import ACTIVATE, pool
+from pyeff.reference.branch_stage import branch_stage as reference
+
+
+def forward(x: Tensor, index: Tensor, plan: BranchPlan) -> Tensor:
+    """y [N, k, ...], C innermost, for an index whose values are checked."""
+    name = choose(OP, x)
+    parameters = plan.parameters()
+    # Parameters may be float32 where x is of half precision.
+    wide = x.to(parameters[0].dtype) if parameters else x
+    if name == "reference":
+        y = reference(wide, index, plan.steps, plan.output, vector=plan.vector)
+    elif name == "torch":
+        y = compose(wide, index, plan, grouped_conv2d)
+    else:
+        raise NotImplementedError(f"{OP}: backend {name} has no kernels for this operator yet")
+    return as_output(y.to(x.dtype))
+
+
+def empty_output(like: Tensor, n: int, k: int, shape: Shape) -> Tensor:
+    """An uninitialised [n, k, C, H, W] with C innermost, or [n, k, F]."""
+    if len(shape) == 1:
+        return like.new_empty((n, k, *shape))
+    c, h, w = shape
+    return like.new_empty_strided((n, k, c, h, w), (k * h * w * c, h * w * c, 1, w * c, c))
+
+
+def as_output(y: Tensor) -> Tensor:
+    """``y`` in the strides of ``empty_output``."""
+    out = empty_output(y, y.shape[0], y.shape[1], tuple(y.shape[2:]))
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+# --- torch: every step for all pairs at once ------------------------------------------------------
+
+Conv = Callable[[Tensor, Step, Tensor], Tensor]
+
+
+def compose(x: Tensor, index: Tensor, plan: BranchPlan, conv2d: Conv) -> Tensor:
+    """The plan in PyTorch's operators; slots are [N * k, ...]."""
+    n, k = index.shape
+    if x.dim() == (2 if plan.vector else 4):
+        x = x.unsqueeze(1).expand(-1, k, *x.shape[1:])
+    branches = index.reshape(-1).long()
+    slots = [x.reshape(n * k, *x.shape[2:])]
+    for step in plan.steps:
+        y = _run_step(step, [slots[s] for s in step.sources], branches, conv2d)
+        if step.residual >= 0:
+            y = y + slots[step.residual]
+        slots.append(ACTIVATE[step.activation](y))
+    return slots[plan.output].unflatten(0, (n, k))
+
+
+def _run_step(step: Step, inputs: Sequence[Tensor], branches: Tensor, conv2d: Conv) -> Tensor:
+    x = inputs[0]
+    if step.kind == "conv2d":
+        return conv2d(x, step, branches)
+    own: list[Any] = [None if t is None else t[branches] for t in step.tensors]
+    if step.kind == "linear":
+        weight, bias = own
+        y = torch.bmm(weight, x.unsqueeze(2)).squeeze(2)
+        return y if bias is None else y + bias
+    if step.kind == "scale_shift":
+        scale, shift = (t.reshape(*t.shape, *[1] * (x.dim() - 2)) for t in own)
+        return x * scale + shift
+    if step.kind == "add":
+        return x + inputs[1]
+    if step.kind == "concat":
+        return torch.cat(list(inputs), dim=1)
+    if step.kind == "flatten":
+        return x.flatten(1)
+    if step.kind == "activation":
+        return x
+    return pool(x, step.kind, step.options)
+
+
+def grouped_conv2d(x: Tensor, step: Step, branches: Tensor) -> Tensor:
+    """[M, O, H', W'] from [M, C, H, W]: gathered weights and one convolution of M * g groups."""
+    weight, bias = step.tensors
+    assert weight is not None
+    options = step.options
+    top, bottom, left, right = options["padding"]
+    padding = (top, left)
+    if top != bottom or left != right:
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    stride, dilation, groups = options["stride"], options["dilation"], options["groups"]
+    pairs = x.shape[0]
+    if pairs == 0:  # a convolution must have at least one group
+        return F.conv2d(x, weight[0], None, stride, padding, dilation, groups)
+    y = F.conv2d(
+        x.reshape(1, -1, *x.shape[2:]),
+        weight[branches].flatten(0, 1),
+        None if bias is None else bias[branches].flatten(),
+        stride,
+        padding,
+        dilation,
+        pairs * groups,
+    )
+    return y.reshape(pairs, -1, *y.shape[2:])
