@@ -1,77 +1,151 @@
-"""The backends of branch_conv2d, each with a forward, an input and a weight gradient."""
+"""The backends of branch_conv2d, each with a forward, an input and a weight gradient.
 
-from typing import NamedTuple
+Every function takes checked arguments: ``index`` is contiguous int32 [N, k] and names branches.
+"""
+
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pyeff.ops._conv_args import Pair, Sides, output_size
+from pyeff import _C
+from pyeff.ops import _branch_conv2d_torch as aten
+from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps
+from pyeff.ops._dispatch import choose
+from pyeff.ops._packed import packed_weight
+from pyeff.reference.branch_conv2d import branch_conv2d as reference
 
 OP = "branch_conv2d"
 
 
-class Conv(NamedTuple):
-    """Where the kernel lies; padding is (top, bottom, left, right)."""
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    conv: Conv,
+    *,
+    recording: bool = False,
+    owner: Tensor | None = None,
+) -> Tensor:
+    """y [N, k, O, H', W'], O innermost.
 
-    stride: Pair
-    padding: Sides
-    dilation: Pair
-    groups: int
-
-    def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
-        """(H', W') for x [..., H, W] and weight [..., kh, kw]."""
-        top, bottom, left, right = self.padding
-        (height, width), (kernel_h, kernel_w) = x.shape[-2:], weight.shape[-2:]
-        return (
-            output_size(height, kernel_h, self.stride[0], top, bottom, self.dilation[0]),
-            output_size(width, kernel_w, self.stride[1], left, right, self.dilation[1]),
+    Args:
+        x: [N, C, H, W] or [N, k, C, H, W].
+        weight: [B, O, C / groups, kh, kw].
+        bias: [B, O].
+        index: [N, k].
+        conv: Where the kernel lies.
+        recording: A gradient of the weight will follow.
+        owner: The tensor that ``weight`` is a view of, whose packed copy serves it.
+    """
+    name = choose(OP, x, direction="train" if recording else "forward")
+    if name == "cpp":
+        y = empty_maps(x, *index.shape, weight.shape[1], *conv.output_size(x, weight))
+        packed = (
+            None if recording else packed_weight(weight if owner is None else owner, conv.groups)
         )
-
-
-def empty_maps(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised [..., C, H, W] with C innermost in memory."""
-    *outer, c, h, w = shape
-    strides = [h * w * c]
-    for size in reversed(outer[1:]):
-        strides.insert(0, strides[0] * size)
-    return like.new_empty_strided(shape, (*strides, 1, w * c, c))
-
-
-def compose(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv: Conv) -> Tensor:
-    """Gathered weights and one grouped convolution: differentiable in every way by PyTorch."""
-    n, k = index.shape
-    if x.dim() == 4:
-        x = x.unsqueeze(1).expand(-1, k, -1, -1, -1)
-    top, bottom, left, right = conv.padding
-    padding = (top, left)
-    if top != bottom or left != right:
-        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-    branches = index.reshape(-1).long()
-    kernels = weight[branches].flatten(0, 1)
-    if n * k == 0:  # a convolution must have at least one group
-        y = F.conv2d(
-            x.flatten(0, 1), weight[0], None, conv.stride, padding, conv.dilation, conv.groups
+        _C.branch_conv2d_forward(
+            channels_innermost(x),
+            weight.contiguous(),
+            packed,
+            None if bias is None else bias.contiguous(),
+            index,
+            y,
+            _problem(conv),
         )
-        return y.unflatten(0, (n, k))
-    y = F.conv2d(
-        x.reshape(1, -1, *x.shape[-2:]),
-        kernels,
-        None if bias is None else bias[branches].flatten(),
-        conv.stride,
-        padding,
-        conv.dilation,
-        n * k * conv.groups,
-    )
-    return y.reshape(n, k, -1, *y.shape[-2:])
+        return y
+    if name == "triton":
+        return _triton().forward(x, weight, bias, index, *conv)
+    _refuse_cuda(name)
+    if name == "reference":
+        return by_reference(x, weight, bias, index, conv)
+    return aten.forward(x, weight, bias, index, conv)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv: Conv) -> Tensor:
-    """y [N, k, O, H', W'], O innermost."""
-    y = compose(x, weight, bias, index, conv)
-    out = empty_maps(y, *y.shape)
-    return (
-        out.copy_(y)
-        if not torch.is_grad_enabled()
-        else y.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+def by_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv: Conv
+) -> Tensor:
+    """The reference for one Conv, O innermost; autograd differentiates it."""
+    stride, padding, dilation, groups = conv
+    y = reference(
+        x, weight, bias, index, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
+    return y.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def grad_input(
+    grad_y: Tensor, weight: Tensor, index: Tensor, shape: tuple[int, ...], conv: Conv
+) -> Tensor:
+    """Gradient of x of that shape, [N, C, H, W] or [N, k, C, H, W], C innermost."""
+    name = choose(OP, grad_y, direction="grad_input")
+    if name == "cpp":
+        grad_x = empty_maps(grad_y, *shape)
+        _C.branch_conv2d_grad_input(
+            channels_innermost(grad_y), weight.contiguous(), index, grad_x, _problem(conv)
+        )
+        return grad_x
+    if name == "triton":
+        return _triton().grad_input(grad_y, weight, shape, index, *conv)
+    _refuse_cuda(name)
+    return aten.grad_input(grad_y, weight, index, shape, conv)
+
+
+def grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    size: tuple[int, ...],
+    with_bias: bool,
+    conv: Conv,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight [B, O, C / groups, kh, kw] and of bias [B, O] (else [0]).
+
+    Both are exactly zero for branches that no image takes.
+    """
+    name = choose(OP, x, direction="grad_weight")
+    if name == "cpp":
+        result = x.new_empty(size)
+        grad_bias = x.new_empty(size[:2] if with_bias else 0)
+        _C.branch_conv2d_grad_weight(
+            channels_innermost(grad_y),
+            channels_innermost(x),
+            index,
+            result,
+            grad_bias if with_bias else None,
+            _problem(conv),
+        )
+        return result, grad_bias
+    if name == "triton":
+        kernels = _triton()
+        result = kernels.grad_weight(grad_y, x, size, index, *conv)
+        bias = kernels.grad_bias(grad_y, index, size[0]) if with_bias else x.new_empty(0)
+        return result, bias
+    _refuse_cuda(name)
+    bias = bias_gradient(grad_y, index, size[0]) if with_bias else x.new_empty(0)
+    return aten.grad_weight(grad_y, x, index, size, conv), bias
+
+
+def bias_gradient(grad_y: Tensor, index: Tensor, branches: int) -> Tensor:
+    """[B, O] from [N, k, O, H', W'] by ATen, differentiable; the same on every run."""
+    sums = grad_y.sum(dim=(3, 4)).flatten(0, 1)
+    zeros = sums.new_zeros(branches, grad_y.shape[2])
+    return zeros.index_put((index.reshape(-1).long(),), sums, accumulate=True)
+
+
+def _problem(conv: Conv) -> tuple[int, ...]:
+    top, _, left, _ = conv.padding
+    return (*conv.stride, top, left, *conv.dilation, conv.groups, torch.get_num_threads())
+
+
+def _triton() -> ModuleType:
+    from pyeff.triton_kernels import branch_conv2d as kernels  # only where it is asked for
+
+    return kernels
+
+
+def _refuse_cuda(name: str) -> None:
+    if name == "cuda":
+        raise NotImplementedError(
+            f"{OP}: backend cuda has no kernels for this operator yet; use triton or torch"
+        )

@@ -38,6 +38,13 @@ def kernel_index(op: str, index: Tensor, branches: int, *, validate: bool = Fals
     return index if known.int32 is None else known.int32
 
 
+def check_known_values(op: str, index: Tensor, branches: int) -> None:
+    """Checks values that are there to be seen: not a compiler's, nor those of a transform."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if type(index) is Tensor and not wrapped and not torch.compiler.is_compiling():
+        kernel_index(op, index, branches)
+
+
 def _examine(op: str, index: Tensor) -> _Known:
     if index.numel() == 0:
         return _Known(-1, index.to(torch.int32).contiguous())

@@ -1,6 +1,6 @@
 """One packed copy per weight version, shared by every level that reads the weight."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyeff import _C
 from pyeff.ops._weak_cache import WeakTensorCache
 
-# True marks a weight that was seen once. Packing waits for the second call, so that weights made
-# for a single use (casts, composed or normalised weights) never pay for a copy.
-_packed: WeakTensorCache[Tensor | bool] = WeakTensorCache()
+
+class _Packed(NamedTuple):
+    groups: int
+    # None marks a weight that was seen once. Packing waits for the second call, so that weights
+    # made for a single use (casts, composed or normalised weights) never pay for a copy.
+    copy: Tensor | None
+
+
+_packed: WeakTensorCache[_Packed] = WeakTensorCache()
 
 
 def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
@@ -19,20 +25,32 @@ def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
 
     None for inference tensors (they carry no version), for a weight seen for the first time, and
     where a gradient to the weight is being recorded, since the weight is about to change then.
+
+    Args:
+        weight: [O, I / groups, kh, kw]; of branches [B, O, I / groups, kh, kw] or [B, O, I].
+        groups: Of the convolution.
     """
     if weight.is_inference() or (weight.requires_grad and torch.is_grad_enabled()):
         return None
     known = _packed.get(weight)
-    if isinstance(known, Tensor):
-        return known
-    if known is None:
-        _packed.put(weight, True)
+    if known is None or known.groups != groups:
+        _packed.put(weight, _Packed(groups, None))
         return None
-    elements = _C.nested_conv2d_packed_elements(weight, groups)
+    if known.copy is None:
+        known = _Packed(groups, _pack(weight, groups))
+        _packed.put(weight, known)
+    return known.copy
+
+
+def _pack(weight: Tensor, groups: int) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    packed = torch.empty(elements, dtype=dtype)
-    _C.nested_conv2d_pack(weight, packed, groups, torch.get_num_threads())
-    _packed.put(weight, packed)
+    if weight.dim() == 4:
+        packed = torch.empty(_C.nested_conv2d_packed_elements(weight, groups), dtype=dtype)
+        _C.nested_conv2d_pack(weight, packed, groups, torch.get_num_threads())
+        return packed
+    stacked = (weight if weight.dim() == 5 else weight[..., None, None]).detach().contiguous()
+    packed = torch.empty(_C.branch_conv2d_packed_elements(stacked, groups), dtype=dtype)
+    _C.branch_conv2d_pack(stacked, packed, groups, torch.get_num_threads())
     return packed
 
 

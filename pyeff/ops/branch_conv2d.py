@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from pyeff.ops import _branch_conv2d_backends as backends
 from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
-from pyeff.ops._branch_conv2d_backends import OP, Conv
-from pyeff.ops._branch_index import kernel_index
+from pyeff.ops._branch_conv2d_backends import OP
+from pyeff.ops._branch_conv2d_op import run
+from pyeff.ops._branch_maps import Conv
 from pyeff.ops._conv_args import Pair, padding_sides, pair
 from pyeff.ops.top_k_routes import Routes
 
@@ -69,9 +69,8 @@ def branch_conv2d(
     check_together(OP, "x", x, weight=weight, bias=bias)
     index = route_index(OP, routes, x, weight.shape[0], validate=validate)
     conv = _conv(weight, stride, padding, dilation, groups)
-    check_shapes(x, weight, index, conv)
-    index = kernel_index(OP, index, weight.shape[0])
-    return backends.forward(x, weight, bias, index, conv)
+    _check_shapes(x, weight, index, conv)
+    return run(OP, x, weight, bias, index, conv)
 
 
 def _conv(
@@ -88,7 +87,7 @@ def _conv(
     return Conv(stride, sides, dilation, groups)
 
 
-def check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
     require(OP, weight.shape[0] > 0, lambda: "weight must have at least one branch, got 0")
     channels = weight.shape[2] * conv.groups
     require(

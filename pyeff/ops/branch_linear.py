@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from pyeff.ops import _branch_conv2d_backends as conv_backends
 from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
-from pyeff.ops._branch_conv2d_backends import Conv
-from pyeff.ops._branch_index import kernel_index
+from pyeff.ops._branch_conv2d_op import run
+from pyeff.ops._branch_maps import Conv
 from pyeff.ops.top_k_routes import Routes
 
 OP = "branch_linear"
@@ -58,8 +57,7 @@ def branch_linear(
     check_together(OP, "x", x, weight=weight, bias=bias)
     index = route_index(OP, routes, x, weight.shape[0], validate=validate)
     _check_shapes(x, weight, index)
-    index = kernel_index(OP, index, weight.shape[0])
-    y = conv_backends.forward(x[..., None, None], weight[..., None, None], bias, index, _CONV)
+    y = run(OP, x[..., None, None], weight[..., None, None], bias, index, _CONV, owner=weight)
     return y[..., 0, 0]
 
 

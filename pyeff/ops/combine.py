@@ -3,11 +3,8 @@
 from torch import Tensor
 
 from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
-from pyeff.ops._branch_index import kernel_index
+from pyeff.ops._branch_combine_op import OP, run
 from pyeff.ops.top_k_routes import Routes
-from pyeff.reference.combine import combine as reference
-
-OP = "combine"
 
 
 def combine(
@@ -55,8 +52,7 @@ def combine(
         raise TypeError(f"{OP}: routes must be Routes, got {type(routes).__name__}")
     index = route_index(OP, routes, y, projection.shape[0], validate=validate)
     _check_shapes(y, projection, index, routes.weight)
-    index = kernel_index(OP, index, projection.shape[0])
-    return reference(y, projection, bias, index, routes.weight.to(y.dtype))
+    return run(y, projection, bias, index, routes.weight.to(y.dtype))
 
 
 def _check_shapes(y: Tensor, projection: Tensor, index: Tensor, weight: Tensor) -> None:

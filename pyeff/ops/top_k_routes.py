@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pyeff.ops._branch_index import remember_valid
+from pyeff.ops._branch_routes_op import OP, SoftmaxRoutes, forward, forward_op, refuse_nan
+from pyeff.ops._dispatch import forced_backend
+from pyeff.ops._eager import is_plain, needs_composition
 from pyeff.reference.top_k_routes import top_k_routes as reference
-
-OP = "top_k_routes"
 
 
 class Routes(NamedTuple):
@@ -59,9 +60,20 @@ def top_k_routes(
         ([[1, 2]], [[1.0, 1.0]])
     """
     _check(scores, k, weights)
-    if scores.is_cpu and bool(scores.isnan().any()):
-        raise ValueError(f"{OP}: scores must hold no NaN, got {int(scores.isnan().sum())}")
-    index, weight = reference(scores, k, weights=weights)
+    softmax = weights == "softmax"
+    if not is_plain(scores, scores, None):
+        if needs_composition():
+            return Routes(*reference(scores, k, weights=weights))
+        return Routes(*forward_op(scores, k, softmax))
+    if validate and scores.is_cuda:
+        refuse_nan(scores)
+    if softmax and scores.requires_grad and torch.is_grad_enabled():
+        if forced_backend() == "reference":  # autograd differentiates it
+            index, weight = forward(scores, k, softmax)
+        else:
+            index, weight = SoftmaxRoutes.apply(scores, k)
+    else:
+        index, weight = forward(scores.detach(), k, softmax)
     remember_valid(index, scores.shape[1])
     return Routes(index, weight)
 
