@@ -34,10 +34,11 @@ from pyeff.triton_kernels.tiles import (
     choose,
     fit_depth,
     pixel_shares,
+    product_precision,
 )
 from torch import Tensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OP = "nested_conv2d"
 _REDUCE_BLOCK = 1024
 
 
@@ -83,7 +84,7 @@ def forward(
     """
     if activation not in (None, "relu"):
         raise ValueError(f"nested_conv2d: activation must be None or 'relu', got {activation!r}")
-    precision = _precision(x.dtype, precision)
+    precision = product_precision(_OP, x.dtype, precision)
     layer = nested_layer(weight.shape, in_sel, out_sel, (stride, padding, dilation), groups)
     P = output_size(x.shape[2], padding[0] + padding[1], layer.R, stride[0], dilation[0])
     Q = output_size(x.shape[3], padding[2] + padding[3], layer.S, stride[1], dilation[1])
@@ -131,7 +132,7 @@ def grad_input(
         TypeError: ``grad_y`` is neither float16, bfloat16 nor float32.
         ValueError: ``precision`` is unknown.
     """
-    precision = _precision(grad_y.dtype, precision)
+    precision = product_precision(_OP, grad_y.dtype, precision)
     layer = nested_layer(weight.shape, in_sel, out_sel, (stride, padding, dilation), groups)
     grad_x = empty_channels_last(x_shape, grad_y)
     if grad_x.numel():
@@ -180,7 +181,7 @@ def grad_weight(
         TypeError: ``x`` is neither float16, bfloat16 nor float32.
         ValueError: ``precision`` is unknown.
     """
-    precision = _precision(x.dtype, precision)
+    precision = product_precision(_OP, x.dtype, precision)
     layer = nested_layer(weight_shape, in_sel, out_sel, (stride, padding, dilation), groups)
     grad = empty_channels_last(weight_shape, x)
     empty = grad_y.numel() == 0 or x.numel() == 0 or grad.numel() == 0
@@ -312,20 +313,6 @@ def _grad_weight_in_shares(
         shares, count, outputs, inputs, *layer.selection, *grad.stride(),
         layer.R, layer.S, _REDUCE_BLOCK,
     )  # fmt: skip
-
-
-def _precision(dtype: torch.dtype, precision: str | None) -> str:
-    if dtype not in _DTYPES:
-        raise TypeError(
-            "nested_conv2d: the dtype must be float16, bfloat16 or float32 on the triton backend, "
-            f"got {dtype}; the torch backend computes float64"
-        )
-    if precision is None:
-        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at run time
-        precision = "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
-    if precision not in ("tf32", "ieee"):
-        raise ValueError(f"nested_conv2d: precision must be 'tf32' or 'ieee', got {precision!r}")
-    return precision if dtype == torch.float32 else "ieee"
 
 
 def _gemm_tile(x: Tensor, precision: str, layer: Layer, rows: int, cols: int, groups: int) -> Tile:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from triton.runtime import driver
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class Tile(NamedTuple):
     """The block of work of one program, and how it is compiled.
@@ -74,10 +76,15 @@ _GATHER = {
     "tf32": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4)),
     "ieee": _GEMM["ieee"],
 }
+# A branch's image may be small, down to one pixel for a linear layer.
+_BRANCH = {
+    "half": (*_GEMM["half"], Tile(16, 64, 64, 4, 4)),
+    "tf32": (*_GEMM["tf32"], Tile(16, 64, 32, 4, 4)),
+    "ieee": (*_GEMM["ieee"], Tile(16, 32, 16, 4, 2)),
+}
+_TASKS = {"gemm": _GEMM, "gather": _GATHER, "grad_weight": _GRAD_WEIGHT, "branch": _BRANCH}
 TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
-    (task, architecture): rows
-    for task, rows in (("gemm", _GEMM), ("gather", _GATHER), ("grad_weight", _GRAD_WEIGHT))
-    for architecture in (80, 90, 100)
+    (task, architecture): rows for task, rows in _TASKS.items() for architecture in (80, 90, 100)
 }
 # There mma.sync takes both factors, transposed, from registers: 128 rows spill.
 TILES["grad_weight", 80] = {**_GRAD_WEIGHT, "tf32": _GRAD_WEIGHT["tf32"][1:]}
@@ -93,23 +100,25 @@ class Limits(NamedTuple):
         architecture: Of 80, 90, 100 the newest that is not above the device's; 0: interpreter.
         processors: Multiprocessors.
         shared: Bytes of shared memory that one program may use.
+        cache: Bytes of the L2 cache.
     """
 
     architecture: int
     processors: int
     shared: int
+    cache: int
 
 
 @lru_cache(maxsize=64)
 def device_limits(device: torch.device) -> Limits:
     """The limits of a device; CPU tensors are for Triton's interpreter."""
     if device.type == "cpu":
-        return Limits(0, 2, 0)
+        return Limits(0, 2, 0, 0)
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
     architecture = max((a for a in (80, 90, 100) if a <= capability), default=80)
     shared = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return Limits(architecture, properties.multi_processor_count, shared)
+    return Limits(architecture, properties.multi_processor_count, shared, properties.L2_cache_size)
 
 
 def shared_bytes(tile: Tile, kind: str) -> int:
@@ -122,6 +131,37 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
+def product_precision(op: str, dtype: torch.dtype, precision: str | None) -> str:
+    """How products are rounded: ``"tf32"`` or ``"ieee"``; float32 follows torch where it is None.
+
+    Args:
+        op: The operator, named in errors.
+        dtype: Of the factors.
+        precision: ``"tf32"``, ``"ieee"`` or None, which follows
+            ``torch.backends.cudnn.conv.fp32_precision``.
+
+    Raises:
+        TypeError: There are no kernels for the dtype.
+        ValueError: ``precision`` is unknown.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: the dtype must be float16, bfloat16 or float32 on the triton backend, "
+            f"got {dtype}; the torch backend computes float64"
+        )
+    if precision is None:
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at run time
+        precision = "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
+    if precision not in ("tf32", "ieee"):
+        raise ValueError(f"{op}: precision must be 'tf32' or 'ieee', got {precision!r}")
+    return precision if dtype == torch.float32 else "ieee"
+
+
+def overflows_cache(device: torch.device, size: int) -> bool:
+    """Whether ``size`` bytes, with as many of other data, are more than the L2 cache holds."""
+    return 2 * size > device_limits(device).cache
+
+
 def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, groups: int) -> Tile:
     """The first tile of the table's list that suits the shape.
 
@@ -130,7 +170,7 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
 
     Args:
         task: ``"gemm"`` (forward and input gradient), ``"gather"`` (the same with channel
-            numbers) or ``"grad_weight"``.
+            numbers), ``"branch"`` (the same image by image) or ``"grad_weight"``.
         kind: See :func:`arithmetic`.
         device: Where it runs.
         rows: Rows of the result.

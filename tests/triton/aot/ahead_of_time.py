@@ -82,7 +82,7 @@ def recorded_launches(monkeypatch, architecture):
     def record(self, *args, grid, warmup, **options):
         launches.append(Launch(self, grid, args, options))
 
-    limits = tiles.Limits(architecture, 132, SHARED_LIMIT[architecture])
+    limits = tiles.Limits(architecture, 132, SHARED_LIMIT[architecture], 50 * 2**20)
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", record)
         patch.setattr(tiles, "device_limits", lambda device: limits)

@@ -11,7 +11,7 @@ HALF = TILES["gemm", 90]["half"]
 @pytest.fixture
 def device(monkeypatch):
     def set_limits(shared=227 * 1024):
-        monkeypatch.setattr(tiles, "device_limits", lambda device: Limits(90, 132, shared))
+        monkeypatch.setattr(tiles, "device_limits", lambda device: Limits(90, 132, shared, 2**20))
 
     set_limits()
     return set_limits
