@@ -14,7 +14,8 @@ def compose(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv:
     x, padding = _pad(x, conv)
     if n == 0:  # a convolution has at least one group
         none = x.flatten(0, -4) if x.dim() == 5 else x
-        y = F.conv2d(none, weight[0], None, conv.stride, padding, conv.dilation, conv.groups)
+        first = None if bias is None else bias[0]
+        y = F.conv2d(none, weight[0], first, conv.stride, padding, conv.dilation, conv.groups)
         return y.unsqueeze(1).expand(-1, k, -1, -1, -1)
     chosen = index.reshape(-1).long()
     rows, groups = _as_groups(x, index, conv)

@@ -36,6 +36,7 @@ def branch_conv2d(
         for row, kernel, b in zip(rows, kernels, biases, strict=True)
     ]
     if not results:
-        empty = F.conv2d(x.flatten(0, 1), weight[0], None, stride, padding, dilation, groups)
+        first = None if bias is None else bias[0]
+        empty = F.conv2d(x.flatten(0, 1), weight[0], first, stride, padding, dilation, groups)
         return empty.unflatten(0, (n, k))
     return torch.cat(results).unflatten(0, (n, k))

@@ -180,7 +180,7 @@ def test_one_packed_copy_serves_all_levels_and_dies_with_the_weight():
             )
             assert_close(y, want, f"level {level}")
     assert len(_packed) == 1
-    assert isinstance(_packed.get(weight), torch.Tensor)
+    assert isinstance(_packed.get(weight).copy, torch.Tensor)
     del weight
     assert len(_packed) == 0
 
