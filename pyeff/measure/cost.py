@@ -48,12 +48,12 @@ class LayerCost:
     macs: int
 
 
-def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> tuple[list[LayerCost], int]:
+def layer_costs(model: nn.Module, image: tuple[int, ...]) -> tuple[list[LayerCost], int]:
     """Counts a network of torch layers in one pass on the meta device.
 
     Args:
         model: a network of torch layers on the meta device.
-        image: (channels, height, width) of one image.
+        image: (channels, height, width) of one image, or (features,).
 
     Returns:
         One entry for each call of a convolution or linear layer, in running order; and the peak of
@@ -76,8 +76,10 @@ def layer_costs(model: nn.Module, image: tuple[int, int, int]) -> tuple[list[Lay
     ]
     dtype = next(model.parameters()).dtype
     x = torch.empty(1, *image, device="meta", dtype=dtype)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
     try:
-        peak = peak_activation_bytes(model, x.to(memory_format=torch.channels_last))
+        peak = peak_activation_bytes(model, x)
     finally:
         for handle in handles:
             handle.remove()

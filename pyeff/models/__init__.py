@@ -3,6 +3,8 @@
 from pyeff.models.backbones import BACKBONES, Backbone, backbone_named
 from pyeff.models.build import build
 from pyeff.models.dvn import DVN, dvn
+from pyeff.models.hydranet import HydraNet, HydraOutput, partition_classes
+from pyeff.models.hydranet_resnet import hydranet_resnet
 from pyeff.models.layout import Active
 from pyeff.models.materialise import load_backbone
 from pyeff.models.nested_resnet import NestedResNet
@@ -15,6 +17,8 @@ __all__ = [
     "DVN",
     "Active",
     "Backbone",
+    "HydraNet",
+    "HydraOutput",
     "NestedNet",
     "NestedResNet",
     "ResNet",
@@ -23,7 +27,9 @@ __all__ = [
     "build",
     "build_backbone",
     "dvn",
+    "hydranet_resnet",
     "load_backbone",
     "nestednet",
+    "partition_classes",
     "unit_order",
 ]

@@ -6,12 +6,14 @@ from typing import Any
 from torch import nn
 
 from pyeff.models.dvn import dvn
+from pyeff.models.hydranet_resnet import hydranet_resnet
 from pyeff.models.nestednet import nestednet
 from pyeff.models.resnet import build_backbone
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "backbone": build_backbone,
     "dvn": dvn,
+    "hydranet_resnet": hydranet_resnet,
     "nestednet": nestednet,
 }
 

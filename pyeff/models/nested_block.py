@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyeff.models.layout import Active, BlockLayout, Layout
-from pyeff.models.residual import ResidualBlock, pad_shortcut
+from pyeff.models.residual import ResidualBlock
 from pyeff.models.resnet import StemPlan, conv_shapes, pad_amounts
 from pyeff.nn import NestedBatchNorm2d, NestedConv2d, NestedMaskedConv2d
+from pyeff.nn.pad_shortcut import pad_shortcut
 
 
 @dataclass(frozen=True)

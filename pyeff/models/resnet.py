@@ -1,16 +1,22 @@
 """Plain residual networks of torch layers: the dense baseline, and what a level materialises to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyeff.models.backbones import Backbone, backbone_named
 from pyeff.models.layout import BlockLayout, Layout, layout_of
-from pyeff.models.residual import ResidualBlock, global_pool, pad_shortcut
+from pyeff.models.residual import ResidualBlock, global_pool
 from pyeff.nn import Range
+from pyeff.nn.pad_shortcut import pad_shortcut
+
+# A block that is traced (pyeff.nn.Branches) shows this as one call.
+torch.fx.wrap("pad_shortcut")
 
 
 @dataclass(frozen=True)
@@ -250,8 +256,9 @@ def build_backbone(
     depths: Sequence[int] | None = None,
     stem_width: int | None = None,
     image_size: int | None = None,
+    preactivation: bool | None = None,
 ) -> ResNet:
-    """A plain backbone: the dense network that a nested one is compared with.
+    """A plain backbone: the dense network that a nested or branched one is compared with.
 
     Args:
         name: one of ``pyeff.models.BACKBONES``.
@@ -260,6 +267,8 @@ def build_backbone(
         stem: ``"3x3"``, ``"7x7"`` or ``"den"``; by default the backbone's own.
         widths, depths, stem_width: as in :func:`backbone_named`.
         image_size: pixels, for stem ``"den"``.
+        preactivation: norm and ReLU before each convolution (then also after the last block) or
+            after it (then also after the stem); by default the backbone's own.
 
     Raises:
         ValueError: an unknown name or stem, sizes below 1.
@@ -274,6 +283,7 @@ def build_backbone(
         "depths": None if depths is None else list(depths),
         "stem_width": stem_width,
         "image_size": image_size,
+        "preactivation": preactivation,
     }
     if classes < 1 or in_channels < 1:
         raise ValueError(
@@ -281,6 +291,9 @@ def build_backbone(
             f"{in_channels}"
         )
     backbone: Backbone = backbone_named(name, widths=widths, depths=depths, stem_width=stem_width)
-    layout = layout_of(backbone)
     first = stem_plan(stem or backbone.stem, in_channels, backbone.stem_width, image_size)
+    if preactivation is not None:
+        backbone = replace(backbone, preactivation=preactivation)
+        first = replace(first, norm=first.norm or not preactivation)
+    layout = layout_of(backbone)
     return ResNet(plan_of(layout, layout.full_ranges(), first, classes), config)

@@ -31,6 +31,12 @@ class _AllReduceSum(torch.autograd.Function):
         return _AllReduceSum.apply(grads[0].contiguous(), ctx.group), None
 
 
+def sum_over_processes(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum of ``x`` over the processes, on every one of them; differentiable."""
+    total: Tensor = _AllReduceSum.apply(x, group)
+    return total
+
+
 def synchronised_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
