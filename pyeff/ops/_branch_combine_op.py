@@ -100,7 +100,9 @@ def _grad_input(
         )
         return grad_y, grad_weight
     if name == "triton":
-        grad_y, grad_weight = _triton().grad_input(grad_out, y, projection, index, weight)
+        grad_y, grad_weight = _triton().grad_input(
+            grad_out, y, projection, index, weight, need_y=need_y, need_weight=need_weight
+        )
         none = y.new_empty(0)
         return grad_y if need_y else none, grad_weight if need_weight else none
     _refuse_cuda(name)
@@ -124,7 +126,8 @@ def _grad_projection(
         )
         return grad
     if name == "triton":
-        result: Tensor = _triton().grad_projection(grad_out, y, index, weight, branches)
+        size = (branches, grad_out.shape[1], y.shape[2])
+        result: Tensor = _triton().grad_projection(grad_out, y, size, index, weight)
         return result
     _refuse_cuda(name)
     return aten.grad_projection(grad_out, y, index, weight, branches)

@@ -24,7 +24,7 @@ def forward(scores: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
             return index, scores.gather(1, index.long()).softmax(dim=1)
         return index, scores.new_ones(index.shape)
     if name == "triton":
-        index, weight = _triton().forward(scores, k, softmax)
+        index, weight = _triton().forward(scores, k, "softmax" if softmax else "binary")
         return index, weight
     _refuse_cuda(name)
     if scores.is_cpu:
