@@ -25,11 +25,16 @@ def evaluate(
         int | None, typer.Option(help="At most this many test images of each task.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    k: Annotated[
+        int | None, typer.Option(help="Of a HydraNet: branches that run for each image.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="Force one backend of the operators (torch, cpp, ...).")
     ] = None,
 ) -> None:
     """Print accuracy, parameters, MACs, bytes and measured latency of every task and level.
+
+    Of a HydraNet also what its gate does, and the use and accuracy of its branches.
 
     Example: pyeff eval --checkpoint runs/dvn --data data --json
     """
@@ -44,6 +49,7 @@ def evaluate(
             limit_test=limit_test,
             device=device,
             backend=backend,
+            k=k,
         )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

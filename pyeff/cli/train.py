@@ -1,4 +1,4 @@
-"""`pyeff train dvn|nestednet|backbone`: from a folder of images to a trained network."""
+"""`pyeff train dvn|nestednet|backbone|hydranet`: from a folder of images to a trained network."""
 
 import inspect
 import sys
@@ -9,7 +9,7 @@ import typer
 
 train = typer.Typer(
     name="train",
-    help="Train a nested network, or the plain backbone, on one or more tasks.",
+    help="Train a nested network, a HydraNet, or the plain backbone.",
     no_args_is_help=True,
 )
 
@@ -53,6 +53,7 @@ _RUN: list[_Option] = [
     ("backend", str | None, None, "Force one backend of the operators (torch, cpp, triton, ...)."),
     ("progress", bool, True, "A progress bar, on a terminal."),
 ]
+_ONE_TASK: list[_Option] = [("task", list[str], ["digits:class"], _RUN[0][3]), *_RUN[1:]]
 _LEVELS: list[_Option] = [
     ("levels", int, 4, "Number of levels."),
     (
@@ -82,8 +83,13 @@ _MODEL_NAMES = {
     "norm_statistics": "norm_statistics",
     "strategy": "strategy",
 }
+# The same for HydraNets, whose depth is one number.
+_HYDRANET_NAMES = {name: name for name in ("n_b", "k", "w_s", "w_b", "w_g", "gate")} | {
+    "depth": "d"
+}
+_MODEL_NAMES_OF = {"hydranet": _HYDRANET_NAMES}
 _RENAMED = {"task": "tasks"}
-_ELSEWHERE = ("resume", "overwrite", "backend")
+_ELSEWHERE = ("resume", "overwrite", "backend", "model")
 
 
 def _command(family: str, options: list[_Option], doc: str) -> Callable[..., None]:
@@ -97,13 +103,15 @@ def _command(family: str, options: list[_Option], doc: str) -> Callable[..., Non
     )
     parameters = [context]
     for name, kind, default, text in options:
-        flag = f"--{name}/--no-{name}" if kind is bool and default else f"--{name}"
+        flags = [f"--{name}/--no-{name}" if kind is bool and default else f"--{name}"]
+        if name == "depth" and kind == int | None:
+            flags.append("-d")  # the papers' letter, where depth is one number
         parameters.append(
             inspect.Parameter(
                 name.replace("-", "_"),
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[kind, typer.Option(flag, help=text)],
+                annotation=Annotated[kind, typer.Option(*flags, help=text)],
             )
         )
     run.__name__, run.__doc__ = family, doc
@@ -141,27 +149,30 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _config(family: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
+def _config(command: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
     """The run: from all options, or from a checkpoint's settings and the options given."""
     from pyeff.train import TrainConfig, config_from_json
     from pyeff.train.state import read_config
 
     chosen = values
-    base: dict[str, Any] = {"model": {"family": family}}
+    # A HydraNet's command serves several families.
+    base: dict[str, Any] = {"model": {"family": values.get("model", command)}}
     if values["resume"]:
         chosen, base = given, read_config(values["out"])
-        if base["model"]["family"] != family:
+        family = base["model"]["family"]
+        wanted = given.get("model", family if family.startswith(f"{command}_") else command)
+        if family != wanted:
             raise ValueError(
-                f"resume: {values['out']} must be a run of {family}, got one of "
-                f"{base['model']['family']}"
+                f"resume: {values['out']} must be a run of {wanted}, got one of {family}"
             )
         base["out"] = values["out"]
     model = dict(base["model"])
     settings = {k: v for k, v in base.items() if k != "model"}
+    names = _MODEL_NAMES_OF.get(command, _MODEL_NAMES)
     for name, value in chosen.items():
-        if name in _MODEL_NAMES:
+        if name in names:
             if value is not None and value != []:
-                model[_MODEL_NAMES[name]] = value
+                model[names[name]] = value
         elif name not in _ELSEWHERE:
             settings[_RENAMED.get(name, name)] = value
     return config_from_json({**settings, "model": model}) if settings else TrainConfig(model=model)
@@ -192,7 +203,7 @@ train.command("nestednet")(
     _command(
         "nestednet",
         [
-            *_RUN,
+            *_ONE_TASK,
             *_NETWORK,
             *_LEVELS,
             ("strategy", str, "channel", "channel, layer or weight: what a level leaves out."),
@@ -205,9 +216,56 @@ train.command("nestednet")(
 train.command("backbone")(
     _command(
         "backbone",
-        [*_RUN, *_NETWORK],
+        [*_ONE_TASK, *_NETWORK],
         "Train the plain backbone with the same recipe: one task, one level, the baseline.\n\n"
         "Example: pyeff train backbone --data data --task cifar100:fine --backbone resnet20 "
         "--epochs 30 --out runs/dense",
+    )
+)
+
+_HYDRANET: list[_Option] = [
+    (
+        "model",
+        str,
+        "hydranet_resnet",
+        "hydranet_resnet, hydranet_densenet, hydranet_ressep or hydranet_resnet50.",
+    ),
+    ("n-b", int, 5, "Number of branches; 5 suits the digits, 20 the 100 classes of CIFAR-100."),
+    ("k", int, 2, "Branches that run for each image."),
+    ("w-s", float | None, None, "Width multiplier of the stem; by default the model's own."),
+    ("w-b", float | None, None, "Width multiplier of the branches."),
+    ("w-g", float | None, None, "Width multiplier of the gate."),
+    ("depth", int | None, None, "Blocks of each stage."),
+    (
+        "gate",
+        str,
+        "supervised",
+        "supervised (learns which branch owns the class), noisy_topk, or learn (the task's loss).",
+    ),
+    ("gate-loss-weight", float, 1.0, "Weight of the supervised gate's loss."),
+    (
+        "teacher-forcing-epochs",
+        int,
+        0,
+        "First epochs in which the branch that owns the class always runs.",
+    ),
+    (
+        "partition",
+        str,
+        "auto",
+        "Which branch owns which class: auto (by a reference classifier), random, or a JSON file.",
+    ),
+    ("partition-method", str, "greedy", "Of auto: greedy, or assignment (solved as one problem)."),
+    ("reference", str | None, None, "Of auto: a trained classifier; by default one is trained."),
+    ("reference-backbone", str, "resnet20", "The plain network that is trained so."),
+    ("reference-epochs", int | None, None, "Its epochs; by default as many as --epochs."),
+]
+train.command("hydranet")(
+    _command(
+        "hydranet",
+        [*_ONE_TASK, *_HYDRANET],
+        "Train a HydraNet: k of n branches run for each image.\n\n"
+        "Example: pyeff train hydranet --data data --task cifar100:fine --n-b 20 --k 4 "
+        "--partition auto --epochs 30 --out runs/hydranet",
     )
 )

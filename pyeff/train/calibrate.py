@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyeff.nn import NestedBatchNorm2d
+from pyeff.nn import BranchBatchNorm2d, NestedBatchNorm2d
 from pyeff.train.network import call, levels_of
 
-_NORMS = (nn.BatchNorm2d, NestedBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, NestedBatchNorm2d, BranchBatchNorm2d)
 
 
 def calibrate(model: nn.Module, batches: Mapping[str, Iterable[Tensor]]) -> None:

@@ -9,6 +9,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "level_rule": ("sum", "sandwich"),
     "task_rule": ("joint", "alternate"),
     "precision": ("fp32", "bf16", "fp64"),
+    "partition_method": ("greedy", "assignment"),
 }
 # These change where or how long a run works, never what it computes.
 _FREE = ("data", "out", "device", "progress", "save_every", "eval_every")
@@ -43,6 +44,17 @@ class TrainConfig:
             an optimiser step of its own, in turn.
         prune_until: for weight-connection learning (NestedNet): share of the steps over which the
             masks are thinned to their targets.
+        gate_loss_weight: for HydraNets with a supervised gate: weight of the gate's own loss.
+        teacher_forcing_epochs: for the same: in so many first epochs the branch that owns an
+            image's class is always among the chosen.
+        partition: for the same: which branch owns which class. ``auto`` clusters the classes by the
+            outputs of a reference classifier, ``random`` deals them out, anything else names a
+            JSON file as :func:`pyeff.train.partition_run.write_partition` writes it.
+        partition_method: of ``auto``, see :func:`pyeff.models.hydranet.partition_classes`.
+        reference: of ``auto``: a trained classifier, by its run's folder or file; ``None`` trains
+            one first, in the folder ``reference`` of ``out``.
+        reference_backbone: the plain network that is trained so.
+        reference_epochs: its epochs; ``None`` for as many as the run has.
         augment: random crops, and mirroring where a mirrored image keeps its class.
         calibrate: batches of training images with which batch norm statistics are computed anew
             after training; 0 keeps the running ones.
@@ -83,6 +95,13 @@ class TrainConfig:
     distill: bool = False
     task_rule: str = "joint"
     prune_until: float = 0.5
+    gate_loss_weight: float = 1.0
+    teacher_forcing_epochs: int = 0
+    partition: str = "auto"
+    partition_method: str = "greedy"
+    reference: str | None = None
+    reference_backbone: str = "resnet20"
+    reference_epochs: int | None = None
     augment: bool = True
     calibrate: int = 0
     precision: str = "fp32"
@@ -105,11 +124,17 @@ class TrainConfig:
             _check(self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
         for name in ("epochs", "batch_size", "eval_every", "save_every"):
             _check(self, name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("limit_train", "limit_test", "image_size"):
+        for name in ("limit_train", "limit_test", "image_size", "reference_epochs"):
             _check(
                 self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive"
             )
-        for name in ("weight_decay", "clip", "calibrate"):
+        for name in (
+            "weight_decay",
+            "clip",
+            "calibrate",
+            "gate_loss_weight",
+            "teacher_forcing_epochs",
+        ):
             _check(self, name, getattr(self, name) >= 0, "not be negative")
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(self, name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
@@ -117,7 +142,19 @@ class TrainConfig:
         _check(self, "prune_until", 0 < self.prune_until <= 1, "be in (0, 1]")
         _check(self, "sandwich_levels", self.sandwich_levels >= 2, "be at least 2")
         _check(self, "tasks", bool(self.tasks), "name at least one task")
-        _check(self, "model", "family" in self.model, "have a family (dvn, nestednet, backbone)")
+        _check(
+            self,
+            "model",
+            "family" in self.model,
+            "have a family (dvn, nestednet, backbone, hydranet_resnet, ...)",
+        )
+        learned = self.model.get("gate", "supervised") != "supervised"
+        _check(
+            self,
+            "teacher_forcing_epochs",
+            not (learned and self.teacher_forcing_epochs),
+            "be 0 for a gate that learns from the task's loss",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The run as a JSON-able document."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyeff._extras import require
+from pyeff.models.hydranet import HydraNet
 from pyeff.train.batches import normalise
-from pyeff.train.network import call, levels_of
+from pyeff.train.gate_statistics import GateStatistics
+from pyeff.train.network import call, is_supervised, levels_of
 from pyeff.train.processes import Processes
 from pyeff.train.tasks import TaskData
 
@@ -28,6 +30,8 @@ class LevelResult:
         weight_bytes: bytes of those parameters.
         peak_bytes: largest sum of activations alive at once, an image.
         latency_s: seconds an image, measured; ``None`` if not measured.
+        gate: of a HydraNet, what its gate did with the test images, as
+            :meth:`pyeff.train.gate_statistics.GateSummary.to_json` gives it.
     """
 
     task: str
@@ -38,6 +42,7 @@ class LevelResult:
     weight_bytes: int
     peak_bytes: int
     latency_s: float | None = None
+    gate: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +66,7 @@ def evaluate(
     *,
     processes: Processes | None = None,
     batch_size: int = 500,
+    statistics: GateStatistics | None = None,
 ) -> dict[tuple[str, int], float]:
     """Test accuracy of every (task, level), in the precision of the weights.
 
@@ -70,6 +76,7 @@ def evaluate(
         processes: who shares the work; each takes every so manieth image and the counts are
             summed. ``None`` is this process alone, on the model's device.
         batch_size: images a call.
+        statistics: for a HydraNet: filled with what the gate did, summed over the processes.
 
     Returns:
         ``(task name, level)`` to the share of right answers, 0..1, alike in every process.
@@ -88,11 +95,28 @@ def evaluate(
                 for _ in range(levels)
             ]
             for x, y in _test_batches(task, batch_size, rank, ranks, like):
+                if statistics is not None:
+                    metrics[0].update(_observed(model, x, y, statistics), y)
+                    continue
                 for level, metric in enumerate(metrics, start=1):
                     metric.update(call(model, x, task.name, level), y)
             for level, metric in enumerate(metrics, start=1):
                 results[task.name, level] = float(metric.compute())
+    if statistics is not None and processes is not None:
+        statistics.gather(processes)
     return results
+
+
+def _observed(model: nn.Module, x: Tensor, y: Tensor, statistics: GateStatistics) -> Tensor:
+    """Logits of a HydraNet, with its gate's choices counted."""
+    if not isinstance(model, HydraNet):
+        raise ValueError(
+            f"evaluate: model must be a HydraNet to have statistics, got {type(model).__name__}"
+        )
+    output = model.forward_with_gate(x)
+    groups = model.class_group[y] if is_supervised(model) else None
+    statistics.add(output.logits, output.scores, output.routes.index, y, groups)
+    return output.logits
 
 
 def _test_batches(

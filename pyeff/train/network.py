@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyeff import models
+from pyeff.models.hydranet import HydraNet
 from pyeff.train.tasks import TaskData
 
 
@@ -25,20 +27,39 @@ def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Mod
     """
     arguments: dict[str, Any] = {**model, "in_channels": tasks[0].image_shape[0]}
     family = model.get("family")
-    if family not in ("backbone", "nestednet"):
+    if family not in ("backbone", "nestednet") and not is_hydranet_family(family):
         arguments["tasks"] = {task.name: task.classes for task in tasks}
         return models.build(arguments)
-    if len(tasks) != 1:
-        raise ValueError(
-            f"train: {family} must have one task, got {[task.name for task in tasks]}: train one "
-            "for each, or a dvn for all"
-        )
-    arguments["classes"] = tasks[0].classes
+    arguments["classes"] = only_task(model, tasks).classes
     if family == "nestednet":
         arguments["task"] = tasks[0].name
     elif "backbone" in arguments:
         arguments["name"] = arguments.pop("backbone")
     return models.build(arguments)
+
+
+def only_task(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> TaskData:
+    """The one task of a network that has one.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(tasks) != 1:
+        raise ValueError(
+            f"train: {model.get('family')} must have one task, got "
+            f"{[task.name for task in tasks]}: train one for each, or a dvn for all"
+        )
+    return tasks[0]
+
+
+def is_hydranet_family(family: object) -> bool:
+    """Whether a family of :func:`pyeff.models.build` is a HydraNet."""
+    return isinstance(family, str) and family.startswith("hydranet_")
+
+
+def is_supervised(model: HydraNet) -> bool:
+    """Whether the gate learns which branch owns an image's class, rather than from the task."""
+    return bool(model.config["gate"] == "supervised")
 
 
 def levels_of(model: nn.Module) -> int:
@@ -61,3 +82,9 @@ def call(model: nn.Module, x: Tensor, task: str, level: int) -> Tensor:
     if hasattr(model, "levels"):
         return model(x, task=task, level=level)
     return model(x)
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Puts every weight ``[O, C, kh, kw]`` of a network into a memory format."""
+    # Not .to(): that asks stacked weights [B, O, C, kh, kw] too, which have no such format.
+    model._apply(lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)

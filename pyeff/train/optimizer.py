@@ -5,9 +5,17 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyeff.nn import NestedConv2d, NestedLinear
+from pyeff.nn import BranchConv2d, BranchLinear, Combiner, NestedConv2d, NestedLinear
 
-_WEIGHTED = (nn.Conv2d, nn.Linear, NestedConv2d, NestedLinear)
+_WEIGHTED = (
+    nn.Conv2d,
+    nn.Linear,
+    NestedConv2d,
+    NestedLinear,
+    BranchConv2d,
+    BranchLinear,
+    Combiner,
+)
 _MOMENTUM = "optimizer.momentum."
 
 

@@ -37,11 +37,21 @@ class Processes:
         Returns:
             The mean, of the same shape.
         """
-        if self.ranks == 1:
-            return values
+        return values if self.ranks == 1 else self.sum(values) / self.ranks
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of values over all processes, alike in every process; of the same shape."""
         total = values.clone()
-        dist.all_reduce(total)
-        return total / self.ranks
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return total
+
+    def of_first(self, values: Tensor) -> Tensor:
+        """The values of the first process, in every process; they share one shape and dtype."""
+        values = values.to(self.device).clone()
+        if self.ranks > 1:
+            dist.broadcast(values, src=0)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether any process raised its flag; alike in every process."""

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from pyeff.checkpoint import (
     MODEL_FILE_NAME,
@@ -22,10 +22,16 @@ from pyeff.checkpoint import (
     write_bytes_atomically,
 )
 from pyeff.measure import LevelCost, measure_cost, measure_latency
+from pyeff.measure.memory import peak_activation_bytes
+from pyeff.models.hydranet import HydraNet
 from pyeff.models.nested_resnet import NestedResNet
 from pyeff.ops import backend as forced_backend
+from pyeff.train.branch_plots import plot_branches, plot_use
 from pyeff.train.config import TrainConfig, config_from_json
 from pyeff.train.evaluate import LevelResult, evaluate
+from pyeff.train.gate_statistics import GateSummary, statistics_of
+from pyeff.train.network import is_supervised, lay_out
+from pyeff.train.optimizer import decayed_names
 from pyeff.train.plots import plot_levels
 from pyeff.train.processes import choose_device
 from pyeff.train.session import TrainResult
@@ -39,6 +45,7 @@ def level_results(
     accuracy: Mapping[tuple[str, int], float] | None = None,
     *,
     measure_latency: bool = False,
+    gate: GateSummary | None = None,
 ) -> list[LevelResult]:
     """Costs and accuracy of every (task, level).
 
@@ -47,6 +54,7 @@ def level_results(
         image_shapes: task name to ``(C, H, W)``.
         accuracy: what :func:`pyeff.train.evaluate` gave.
         measure_latency: run each level and take its time.
+        gate: of a HydraNet, what its gate did with the test images.
 
     Returns:
         One entry a task and level, in the order of the tasks.
@@ -64,6 +72,7 @@ def level_results(
                     weight_bytes=cost.weight_bytes,
                     peak_bytes=cost.peak_bytes,
                     latency_s=cost.latency_s,
+                    gate=None if gate is None else gate.to_json(),
                 )
             )
     return results
@@ -72,16 +81,34 @@ def level_results(
 def _costs(model: nn.Module, task: str, shape: Sequence[int], latency: bool) -> list[LevelCost]:
     if isinstance(model, NestedResNet):
         return model.costs(task, input_size=(shape[1], shape[2]), latency=latency)
-    plain = model.eval()
-    counted = copy.deepcopy(plain).to("meta")
-    cost = measure_cost(counted, (shape[0], shape[1], shape[2]), 1)
+    model.eval()
+    like = next(model.parameters())
+    x = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
+    x = x.to(memory_format=torch.channels_last)
+    if isinstance(model, HydraNet):
+        cost = _hydranet_cost(model, x)
+    else:
+        counted = copy.deepcopy(model).to("meta")
+        cost = measure_cost(counted, (shape[0], shape[1], shape[2]), 1)
     if not latency:
         return [cost]
-    like = next(plain.parameters())
-    x = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
-    plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-    seconds = measure_latency([plain], x.to(memory_format=torch.channels_last))
-    return [replace(cost, latency_s=seconds[0])]
+    lay_out(model, torch.channels_last)
+    return [replace(cost, latency_s=measure_latency([model], x)[0])]
+
+
+def _hydranet_cost(model: HydraNet, x: Tensor) -> LevelCost:
+    """A HydraNet's cost as that of a level: all branches weigh, k of them compute."""
+    cost = model.costs((x.shape[2], x.shape[3]))
+    tensors = [*model.parameters(), *model.buffers()]
+    weighted = decayed_names(model)
+    return LevelCost(
+        level=1,
+        params=cost.params,
+        conv_fc_params=sum(p.numel() for n, p in model.named_parameters() if n in weighted),
+        macs=cost.macs,
+        weight_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        peak_bytes=peak_activation_bytes(model, x),
+    )
 
 
 def print_results(results: Sequence[LevelResult], console: Console | None = None) -> None:
@@ -106,7 +133,32 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(result.task, *(text(result) for _, text in shown))
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for result in results:
+        if result.gate is not None:
+            print_gate(result.gate, console)
+
+
+def print_gate(gate: Mapping[str, Any], console: Console) -> None:
+    """Prints what a HydraNet's gate does: a line for all, a table of the branches.
+
+    Args:
+        gate: what :meth:`pyeff.train.gate_statistics.GateSummary.to_json` gave.
+        console: where.
+    """
+    words = []
+    if gate["top1"] is not None:
+        words += [f"top-1 {gate['top1']:.2%}", f"among the k {gate['topk']:.2%}"]
+    words += [f"entropy of use {gate['entropy']:.3f} of log n_b", f"dead {len(gate['dead'])}"]
+    console.print("gate: " + ", ".join(words), highlight=False)
+    table = Table(box=SIMPLE)
+    for heading in ("branch", "use %", "acc %"):
+        table.add_column(heading, justify="right")
+    for branch, (use, right) in enumerate(zip(gate["use"], gate["branch_accuracy"], strict=True)):
+        shown = "-" if right is None else f"{100 * right:.2f}"
+        table.add_row(str(branch), f"{100 * use:.2f}", shown)
+    console.print(table)
 
 
 def evaluate_checkpoint(
@@ -118,6 +170,7 @@ def evaluate_checkpoint(
     limit_test: int | None = None,
     device: str = "auto",
     backend: str | None = None,
+    k: int | None = None,
 ) -> list[LevelResult]:
     """Accuracy and costs of every (task, level) of what a run left behind.
 
@@ -129,13 +182,15 @@ def evaluate_checkpoint(
         limit_test: at most this many test images of each task; by default as in the run.
         device: see :func:`pyeff.train.processes.choose_device`.
         backend: force one backend of the operators, see :func:`pyeff.backend`.
+        k: of a HydraNet, how many branches run for an image; by default as in training.
 
     Returns:
         One entry a task and level.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged or has no tasks; the data is missing, broken, or of other classes.
+        ValueError: it is damaged or has no tasks; the data is missing, broken, or of other classes;
+            k for another network than a HydraNet, or out of range.
     """
     tensors, meta = read_archive(path)
     if "tasks" not in meta or "config" not in meta:
@@ -145,13 +200,27 @@ def evaluate_checkpoint(
     settings: dict[str, Any] = {"data": data if data is not None else config.data}
     if limit_test is not None:
         settings["limit_test"] = limit_test
+    if k is not None:
+        _set_k(model, k)
     found = None
+    statistics = statistics_of(model) if isinstance(model, HydraNet) else None
     with forced_backend(backend) if backend else contextlib.nullcontext():
         if accuracy:
             tasks = load_config_tasks(replace(config, **settings))
-            found = evaluate(model, [_as_trained(task, meta["tasks"]) for task in tasks])
+            tasks = [_as_trained(task, meta["tasks"]) for task in tasks]
+            found = evaluate(model, tasks, statistics=statistics)
         shapes = {name: task["image_shape"] for name, task in meta["tasks"].items()}
-        return level_results(model, shapes, found, measure_latency=latency)
+        seen = statistics.summary() if accuracy and statistics is not None else None
+        return level_results(model, shapes, found, measure_latency=latency, gate=seen)
+
+
+def _set_k(model: nn.Module, k: int) -> None:
+    if not isinstance(model, HydraNet):
+        raise ValueError(
+            f"eval: k must be left out for a network without branches, got {k} for a "
+            f"{type(model).__name__}"
+        )
+    model.k = k
 
 
 def _as_trained(task: TaskData, described: Mapping[str, Any]) -> TaskData:
@@ -195,8 +264,8 @@ def train_and_report(
         if not trainer.first:
             return result
         shapes = {task.name: task.image_shape for task in trainer.tasks}
-        results = level_results(result.model, shapes, result.accuracy)
-    write_report(trainer.out, config, trainer.tasks, result, results)
+        results = level_results(result.model, shapes, result.accuracy, gate=result.gate)
+    write_report(trainer.out, trainer.config, trainer.tasks, result, results)
     print_results(results, console)
     return result
 
@@ -228,3 +297,14 @@ def write_report(
     }
     write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     plot_levels(results, out / "levels.png")
+    if result.gate is not None:
+        owners = cast(HydraNet, result.model).class_group.tolist()
+        gate = result.gate.to_json()
+        supervised = is_supervised(cast(HydraNet, result.model))
+        plot_use(gate, out / "use.png")
+        plot_branches(
+            gate,
+            tasks[0].class_names,
+            out / "branches.png",
+            class_groups=owners if supervised else None,
+        )

@@ -14,9 +14,10 @@ from pyeff.nn import synchronise_batch_norm
 from pyeff.train.batches import BatchStream, normalise
 from pyeff.train.calibrate import calibrate
 from pyeff.train.evaluate import evaluate
+from pyeff.train.gate_statistics import GateSummary
 from pyeff.train.history import History
 from pyeff.train.interrupt import StopRequest, TrainingInterrupted
-from pyeff.train.network import build_network, levels_of
+from pyeff.train.network import build_network, lay_out, levels_of
 from pyeff.train.optimizer import build_optimizer
 from pyeff.train.processes import Processes
 from pyeff.train.progress_bar import Bar, progress_bar
@@ -42,12 +43,14 @@ class TrainResult:
         accuracy: ``(task name, level)`` to the share of right answers on the test images.
         records: every line of ``metrics.jsonl``.
         seconds: spent in training, over all sessions.
+        gate: of a HydraNet, what its gate did with the test images.
     """
 
     model: nn.Module
     accuracy: dict[tuple[str, int], float]
     records: list[dict[str, Any]]
     seconds: float
+    gate: GateSummary | None = None
 
 
 class Session:
@@ -62,7 +65,7 @@ class Session:
         self.dtype = _DTYPES[config.precision]
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(self.device, self.dtype)
-        self.model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        lay_out(self.model, layout)
         self.levels = levels_of(self.model)
         self.optimizer = build_optimizer(
             self.model,

@@ -1,6 +1,7 @@
 """A training run on disk: everything that the next step depends on."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from pyeff.checkpoint import (
     model_tensors,
     read_archive,
     write_archive,
+    write_bytes_atomically,
 )
-from pyeff.train.config import config_from_json
+from pyeff.train.config import TrainConfig, config_from_json
 from pyeff.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 _RANDOM = "random.cpu"
 _LOSS_SUM, _LOSS_COUNT = "progress.loss_sum", "progress.loss_count"
+_COUNTS = "progress.counts."
+SETTINGS_FILE_NAME = "settings.json"
 
 
 @dataclass
@@ -32,12 +36,14 @@ class Progress:
         loss_sum: of this epoch's steps so far, float64 ``[tasks, levels]``.
         loss_count: how many losses are in each sum, float64 ``[tasks, levels]``.
         seconds: spent in training so far, over all sessions.
+        counts: of this epoch's steps so far, what else is counted (a HydraNet's gate); by name.
     """
 
     step: int
     loss_sum: Tensor
     loss_count: Tensor
     seconds: float = 0.0
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, tasks: int, levels: int) -> "Progress":
@@ -76,6 +82,7 @@ def save_state(
         _RANDOM: torch.get_rng_state(),
         _LOSS_SUM: progress.loss_sum,
         _LOSS_COUNT: progress.loss_count,
+        **{_COUNTS + name: count for name, count in progress.counts.items()},
     }
     document = {
         **meta,
@@ -125,7 +132,11 @@ def load_state(
     load_optimizer_tensors(model, optimizer, tensors)
     torch.set_rng_state(tensors[_RANDOM])
     progress = Progress(
-        int(meta["step"]), tensors[_LOSS_SUM], tensors[_LOSS_COUNT], float(meta["seconds"])
+        int(meta["step"]),
+        tensors[_LOSS_SUM],
+        tensors[_LOSS_COUNT],
+        float(meta["seconds"]),
+        {n.removeprefix(_COUNTS): t for n, t in tensors.items() if n.startswith(_COUNTS)},
     )
     return progress, meta
 
@@ -137,14 +148,23 @@ def kept(path: Path) -> str:
     )
 
 
+def write_settings(out: str, config: TrainConfig) -> None:
+    """Writes a run's settings to its folder, for the time before it has a checkpoint of its own."""
+    text = json.dumps(config.to_json(), indent=1) + "\n"
+    write_bytes_atomically(Path(out) / SETTINGS_FILE_NAME, text.encode())
+
+
 def read_config(out: str) -> dict[str, Any]:
-    """The settings of the run whose checkpoint is in a folder, as JSON.
+    """The settings of a run, as JSON: those of its checkpoint, or what :func:`write_settings` left.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: it is damaged, or not a training run's.
+        FileNotFoundError: there is neither.
+        ValueError: the checkpoint is damaged, or not a training run's.
     """
-    path = Path(out) / FILE_NAME
+    path, settings = Path(out) / FILE_NAME, Path(out) / SETTINGS_FILE_NAME
+    if settings.is_file() and not path.is_file():
+        left: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+        return left
     _, meta = read_archive(path)
     if meta.get("kind") != "training":
         raise ValueError(f"resume: {path} must be a training run, got a {meta.get('kind')}")

@@ -3,10 +3,23 @@
 import math
 from pathlib import Path
 
+from torch import nn
+
 from pyeff.checkpoint import FILE_NAME, MODEL_FILE_NAME
 from pyeff.train.config import TrainConfig
-from pyeff.train.processes import joined
+from pyeff.train.hydranet_session import HydraSession
+from pyeff.train.network import is_hydranet_family, only_task
+from pyeff.train.partition_run import (
+    groups_of_checkpoint,
+    load_reference,
+    needs_partition,
+    partition,
+    reference_config,
+    with_groups,
+)
+from pyeff.train.processes import Processes, joined
 from pyeff.train.session import Session, TrainResult
+from pyeff.train.state import write_settings
 from pyeff.train.tasks import TaskData, load_tasks
 
 
@@ -75,8 +88,14 @@ class Trainer:
             )
         with joined(self.config.device) as processes:
             self.first = processes.first
-            session = Session(self, processes)
-            if resume:
+            reference = Path(reference_config(self.config).out) / FILE_NAME
+            # Stopped while its reference classifier was trained: there is no state of its own yet.
+            early = self._needs_reference() and reference.exists() and not self.checkpoint.exists()
+            if needs_partition(self.config.model):
+                self._settle_partition(processes, resume, overwrite)
+            hydranet = is_hydranet_family(self.config.model["family"])
+            session = (HydraSession if hydranet else Session)(self, processes)
+            if resume and not early:
                 session.restore()
             else:
                 session.history.restart([])
@@ -85,6 +104,39 @@ class Trainer:
                     (self.out / MODEL_FILE_NAME).unlink(missing_ok=True)
             processes.wait()
             return session.run()
+
+    def _needs_reference(self) -> bool:
+        config = self.config
+        return (
+            needs_partition(config.model)
+            and config.partition == "auto"
+            and config.reference is None
+        )
+
+    def _settle_partition(self, processes: Processes, resume: bool, overwrite: bool) -> None:
+        """Puts the branch that owns each class into the run's configuration."""
+        task = only_task(self.config.model, self.tasks)
+        if resume and self.checkpoint.exists():
+            groups = groups_of_checkpoint(self.checkpoint)
+        else:
+            classifier = self._reference(task, processes, resume, overwrite)
+            groups = partition(self.config, task, processes, classifier)
+        self.config = with_groups(self.config, groups)
+
+    def _reference(
+        self, task: TaskData, processes: Processes, resume: bool, overwrite: bool
+    ) -> tuple[nn.Module, TaskData] | None:
+        """The classifier by whose outputs the classes are clustered, and the data as it sees it."""
+        config = self.config
+        if config.partition != "auto":
+            return None
+        if config.reference is not None:
+            return load_reference(config.reference, task, processes.device)
+        if processes.first:
+            write_settings(config.out, config)
+        run = Trainer(reference_config(config), self.tasks)
+        result = run.fit(resume=resume, overwrite=overwrite)
+        return result.model, task
 
 
 def load_config_tasks(config: TrainConfig) -> list[TaskData]:
