@@ -50,6 +50,8 @@ OUT_OF_PLACE: dict[Any, Any] = {
     torch.relu_: torch.relu,
     "relu_": "relu",
 }
+# What stands for the first dimension in the arguments of a reshape.
+ROWS = "the number of rows"
 JOINING_METHODS = {
     "add": torch.add,
     "add_": torch.add,
@@ -255,6 +257,10 @@ class _Builder:
             self.integers.add(node.name)
         self.branched[node.name] = branched
         args = tuple(_constant(argument) for argument in node.args)
+        if target in ("view", "reshape"):
+            # Images or pairs, whatever value of the template the number was taken from; and maps
+            # are channels_last here, of which there is no flat view.
+            target, args = "reshape", self._reshaped(args)
         kwargs = {name: _constant(argument) for name, argument in kwargs.items()}
         self.calls.append(Call(kind, node.name, target, args, kwargs, branched, last))
 
@@ -307,6 +313,11 @@ class _Builder:
             order: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
             return bool(order[0] == 0)
         return True
+
+    def _reshaped(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a reshape, the first size as :data:`ROWS` where it was computed."""
+        shape = args[1] if isinstance(args[1], tuple) else args[1:]
+        return (args[0], Value(ROWS) if isinstance(shape[0], Value) else shape[0], *shape[1:])
 
     def _in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -1,14 +1,18 @@
 """n copies of any branch, of which every image runs k, in batched calls."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pyeff.nn.branch_lowering import NotInPlanError, build_plan
 from pyeff.nn.branch_state import join_state, split_state, stacked_tensors
 from pyeff.nn.branch_trace import (
+    ROWS,
     Call,
     Trace,
     Value,
@@ -18,7 +22,20 @@ from pyeff.nn.branch_trace import (
     trace,
     unsupported,
 )
+from pyeff.ops import BranchPlan
+from pyeff.ops.branch_stage import branch_stage
 from pyeff.ops.top_k_routes import Routes
+
+# How many steps optimisers have made: fused ones do not raise the version of a parameter.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Branches(nn.Module):
@@ -75,6 +92,7 @@ class Branches(nn.Module):
         self.register_state_dict_post_hook(split_state)
         self.register_load_state_dict_pre_hook(join_state)
         self._draw(template, init)
+        self._planned: tuple[tuple[Any, ...], BranchPlan | NotInPlanError] | None = None
         self._warned = False
         self.train(template.training)
 
@@ -131,7 +149,59 @@ class Branches(nn.Module):
         Raises:
             ValueError: a branch that does not exist, routes for another number of images.
         """
-        return self._run(x, routes)
+        plan = self._plan_for(x)
+        return self._run(x, routes) if plan is None else branch_stage(x, routes, plan)
+
+    def plan(self) -> BranchPlan:
+        """The whole branch as one plan for :func:`pyeff.ops.branch_stage`, of the weights now.
+
+        Batch norms are folded into the convolutions before them, in float64.
+
+        Raises:
+            ValueError: something in the branch that a plan does not know; the message says what.
+        """
+        return build_plan(self.trace, self.stack, self.branches)
+
+    def _plan_for(self, x: Tensor) -> BranchPlan | None:
+        """The plan to run on ``x``, or None where the template's calls are to run one by one."""
+        if self.training or torch.compiler.is_compiling():
+            return None
+        modules = list(self.stack.modules())
+        tensors = [
+            tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if any(module.training for module in modules) or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+        ):
+            return None
+        planned = self._current_plan(tensors)
+        if isinstance(planned, BranchPlan):
+            return planned
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Branches: runs operator by operator in inference, as no plan holds {planned}",
+                stacklevel=4,
+            )
+        return None
+
+    def _current_plan(self, tensors: list[Tensor]) -> BranchPlan | NotInPlanError:
+        """The plan of the tensors as they are, or why there is none."""
+        state: tuple[Any, ...] | None = None
+        if not any(tensor.is_inference() for tensor in tensors):  # those have no version
+            state = (_optimizer_steps, *((t.data_ptr(), t._version) for t in tensors))
+            if self._planned is not None and self._planned[0] == state:
+                return self._planned[1]
+        try:
+            planned: BranchPlan | NotInPlanError = self.plan()
+        except NotInPlanError as error:
+            planned = error
+        if state is not None:
+            self._planned = (state, planned)
+        return planned
 
     def _run(self, x: Tensor, routes: Routes) -> Tensor:
         """The template's calls one after another, each for all pairs."""
@@ -177,6 +247,8 @@ class Branches(nn.Module):
                 return tuple(value(a) for a in argument)
             if not isinstance(argument, Value):
                 return argument
+            if argument.name == ROWS:
+                return pairs[0] * pairs[1] if call.branched else pairs[0]
             held = values[argument.name]
             if call.kind in ("join", "cat") and call.branched and isinstance(held, Tensor):
                 if branched[argument.name]:
