@@ -40,8 +40,11 @@ def kernel_index(op: str, index: Tensor, branches: int, *, validate: bool = Fals
 
 def check_known_values(op: str, index: Tensor, branches: int) -> None:
     """Checks values that are there to be seen: not a compiler's, nor those of a transform."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(index)
-    if type(index) is Tensor and not wrapped and not torch.compiler.is_compiling():
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(index):
+        index = functorch.get_unwrapped(index)
+    seen = type(index) is Tensor and not functorch.is_functorch_wrapped_tensor(index)
+    if seen and not torch.compiler.is_compiling():
         kernel_index(op, index, branches)
 
 
