@@ -45,7 +45,7 @@ def _imagenet(name: str, block: str, depths: tuple[int, ...]) -> Backbone:
 
 
 _ALL = [
-    *(_cifar(f"resnet{depth}", depth) for depth in (8, 20, 32, 44, 56, 110)),
+    *(_cifar(f"resnet{depth}", depth) for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)),
     Backbone("resnet42", "basic", True, "3x3", 64, (64, 128, 256, 512), (5,) * 4, "pad", 32),
     Backbone("wrn32_4", "basic", True, "3x3", 16, (64, 128, 256), (5,) * 3, "pad", 32),
     Backbone("wrn28_10", "basic", True, "3x3", 16, (160, 320, 640), (4,) * 3, "projection", 32),
