@@ -82,9 +82,9 @@ def branch_conv2d_grad_weight(
 ) -> None: ...
 
 # out[n] = bias + sum_j route_weight[n, j] * projection[index[n, j]] @ y[n, j]
-# y and grad_y [N, k, F] with feature stride 1; projection and grad_projection contiguous [B, O, F];
-# bias [O]; route_weight and grad_route_weight contiguous [N, k]; out and grad_out contiguous [N, O];
-# all of one floating-point dtype. packed is branch_conv2d_pack's form of projection as
+# y and grad_y [N, k, F] with feature stride 1. Contiguous: projection, grad_projection [B, O, F],
+# bias [O], route_weight, grad_route_weight [N, k], out, grad_out [N, O]; all of one floating-point
+# dtype. packed is branch_conv2d_pack's form of projection as
 # [B, O, F, 1, 1], groups 1. The gradient of bias is grad_out.sum(0).
 def combine_forward(
     y: Tensor,
@@ -122,3 +122,22 @@ def combine_grad_projection(
 # scores [N, B], any floating-point dtype, any strides; index int32 [N, k], contiguous, is written:
 # by falling score, ties to the lower number. NaN is a ValueError, and so is k > B.
 def top_k_routes(scores: Tensor, index: Tensor) -> None: ...
+
+# --- a whole branch; see csrc/pyeff/branch_stage.h ------------------------------------------------
+
+class BranchStageProgram:
+    def __init__(self, integers: list[int]) -> None: ...
+    @property
+    def packed_elements(self) -> int: ...
+
+# The program's parameters, [B, ...] with any strides, of one floating-point dtype; packed is
+# float32, or float64 for float64 parameters.
+def branch_stage_pack(
+    program: BranchStageProgram, tensors: list[Tensor], packed: Tensor, threads: int
+) -> None: ...
+
+# x [N, C, H, W] or [N, k, C, H, W] (or without H and W), channel stride 1; index int32 [N, k],
+# contiguous; y [N, k, C', H', W'] with C' innermost, or [N, k, F'] contiguous.
+def branch_stage_forward(
+    program: BranchStageProgram, x: Tensor, index: Tensor, packed: Tensor, y: Tensor, threads: int
+) -> None: ...

@@ -127,7 +127,8 @@ class BranchPlan:
             self._parameter(name, t, (channels,))
             for name, t in (("scale", scale), ("shift", shift))
         )
-        return self._append("scale_shift", (source,), tensors, {}, channels, vector=vector)
+        options = {"channels": tensors[0].shape[1]}
+        return self._append("scale_shift", (source,), tensors, options, channels, vector=vector)
 
     def activation(self, source: int, name: str) -> int:
         """ "relu", "relu6", "silu" or "hardswish"."""
@@ -262,6 +263,7 @@ class BranchPlan:
         (branches, in_channels, vector, output), steps = decode(tensors, program)
         plan = BranchPlan(branches, in_channels, vector=bool(vector))
         plan.steps, plan.output = steps, output
+        plan._lowered = list(tensors), list(program)
         return plan
 
     def parameters(self) -> list[Tensor]:
@@ -354,12 +356,6 @@ class BranchPlan:
         ):
             words = ", ".join("any" if w is None else str(w) for w in wanted)
             raise ValueError(f"BranchPlan: {name} must be [{words}], got {list(value.shape)}")
-        for other in self.parameters()[:1]:
-            if other.dtype != value.dtype or other.device != value.device:
-                raise ValueError(
-                    f"BranchPlan: {name} must have the dtype and device of the other parameters, "
-                    f"{other.dtype} on {other.device}, got {value.dtype} on {value.device}"
-                )
         if value.is_inference():
             with torch.inference_mode(False), torch.no_grad():
                 return value.clone()
@@ -375,6 +371,14 @@ class BranchPlan:
         *,
         vector: bool = False,
     ) -> int:
+        given = [t for t in tensors if t is not None]
+        for t in given:
+            other = (*self.parameters()[:1], *given)[0]
+            if t.dtype != other.dtype or t.device != other.device:
+                raise ValueError(
+                    f"BranchPlan.{kind}: all parameters must share one dtype and device, got "
+                    f"{other.dtype} on {other.device} and {t.dtype} on {t.device}"
+                )
         self.steps.append(Step(kind, sources, tensors, options))
         self._slots.append((channels, vector))
         self.output = len(self.steps)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyeff import _C
+from pyeff.ops._branch_native import native_plan
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_steps import OP, Shape, Step
 from pyeff.ops._dispatch import choose
@@ -17,16 +19,44 @@ from pyeff.reference.branch_stage import branch_stage as reference
 def forward(x: Tensor, index: Tensor, plan: BranchPlan) -> Tensor:
     """y [N, k, ...], C innermost, for an index whose values are checked."""
     name = choose(OP, x)
-    parameters = plan.parameters()
+    tensors, integers = plan.lower()
+    if name == "cpp":
+        return _cpp_forward(x, index, plan, tensors, integers)
     # Parameters may be float32 where x is of half precision.
-    wide = x.to(parameters[0].dtype) if parameters else x
+    wide = x.to(tensors[0].dtype) if tensors else x
     if name == "reference":
         y = reference(wide, index, plan.steps, plan.output, vector=plan.vector)
     elif name == "torch":
         y = compose(wide, index, plan, grouped_conv2d)
+    elif name == "triton":
+        y = compose(wide, index, plan, _branch_conv2d(index))
     else:
-        raise NotImplementedError(f"{OP}: backend {name} has no kernels for this operator yet")
+        raise NotImplementedError(
+            f"{OP}: backend {name} has no kernels for this operator yet; use triton or torch"
+        )
     return as_output(y.to(x.dtype))
+
+
+def _cpp_forward(
+    x: Tensor, index: Tensor, plan: BranchPlan, tensors: list[Tensor], integers: list[int]
+) -> Tensor:
+    item = tuple(x.shape[-1 if plan.vector else -3 :])
+    y = empty_output(x, index.shape[0], index.shape[1], plan.output_shape(item))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    program, packed = native_plan(tensors, integers, dtype)
+    x = _channels_innermost(x, plan.vector)
+    _C.branch_stage_forward(program, x, index, packed, y, torch.get_num_threads())
+    return y
+
+
+def _channels_innermost(x: Tensor, vector: bool) -> Tensor:
+    """``x`` itself where its channels lie side by side, else a copy."""
+    channel = -1 if vector else -3
+    if x.stride(channel) == 1 or x.shape[channel] == 1:
+        return x
+    if vector:
+        return x.contiguous()
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def empty_output(like: Tensor, n: int, k: int, shape: Shape) -> Tensor:
@@ -61,6 +91,29 @@ def compose(x: Tensor, index: Tensor, plan: BranchPlan, conv2d: Conv) -> Tensor:
             y = y + slots[step.residual]
         slots.append(ACTIVATE[step.activation](y))
     return slots[plan.output].unflatten(0, (n, k))
+
+
+def _branch_conv2d(index: Tensor) -> Conv:
+    """Convolutions by pyeff's own operator, which runs on the backend that is forced."""
+    from pyeff.ops.branch_conv2d import branch_conv2d
+
+    def conv2d(x: Tensor, step: Step, branches: Tensor) -> Tensor:
+        weight, bias = step.tensors
+        assert weight is not None
+        options = step.options
+        top, bottom, left, right = options["padding"]
+        y = branch_conv2d(
+            F.pad(x, (left, right, top, bottom)).unflatten(0, index.shape),
+            weight,
+            bias,
+            index,
+            stride=options["stride"],
+            dilation=options["dilation"],
+            groups=options["groups"],
+        )
+        return y.flatten(0, 1)
+
+    return conv2d
 
 
 def _run_step(step: Step, inputs: Sequence[Tensor], branches: Tensor, conv2d: Conv) -> Tensor:

@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, int]] = {
         "groups": 0,
     },
     "linear": {"out": 0, "features": 0},
-    "scale_shift": {},
+    "scale_shift": {"channels": 0},
     "activation": {},
     "add": {},
     "pool2d": {
@@ -88,6 +88,10 @@ def result_shape(step: Step, shapes: Sequence[Shape]) -> Shape:
                 f"got {list(source)}"
             )
         return (options["out"],)
+    if step.kind == "scale_shift" and source[0] != options["channels"]:
+        raise ValueError(
+            f"{OP}: x must give {options['channels']} features to be scaled, got {list(source)}"
+        )
     if step.kind == "pool2d":
         return (source[0], *_pool_size(source, options))
     if step.kind == "adaptive_pool2d":

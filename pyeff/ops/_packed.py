@@ -1,5 +1,6 @@
 """One packed copy per weight version, shared by every level that reads the weight."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,13 @@ class _Packed(NamedTuple):
 
 
 _packed: WeakTensorCache[_Packed] = WeakTensorCache()
+# Each frees the copies of one tensor, or of all for None.
+_clearings: list[Callable[[Tensor | None], None]] = [_packed.clear]
+
+
+def on_clear(clear: Callable[[Tensor | None], None]) -> None:
+    """Registers what frees other copies of a tensor's values, or all of them for None."""
+    _clearings.append(clear)
 
 
 def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
@@ -65,14 +73,16 @@ def clear_packed(weight: Tensor | None = None) -> None:
     """
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"clear_packed: weight must be a tensor or None, got {type(weight)}")
-    _packed.clear(weight)
+    for clear in _clearings:
+        clear(weight)
 
 
 def _forget_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Fused optimisers write to parameters without raising their version (torch 2.13).
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            _packed.clear(parameter)
+            for clear in _clearings:
+                clear(parameter)
 
 
 register_optimizer_step_post_hook(_forget_stepped)

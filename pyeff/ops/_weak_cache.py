@@ -69,5 +69,10 @@ class WeakTensorCache(Generic[T]):
         else:
             self._entries.pop(id(tensor), None)
 
+    def tensors(self) -> list[Tensor]:
+        """The live tensors for which a value is kept, up to date or not."""
+        live = (entry.tensor() for entry in list(self._entries.values()))
+        return [tensor for tensor in live if tensor is not None]
+
     def __len__(self) -> int:
         return len(self._entries)

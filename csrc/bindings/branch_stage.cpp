@@ -1,0 +1,146 @@
+#include "pyeff/branch_stage.h"
+
+#include <pybind11/stl.h>
+
+#include "bindings/tensor_arg.h"
+
+namespace pyeff::bindings {
+namespace {
+
+constexpr const char* kOp = "branch_stage";
+
+void require_on_cpu(const TensorView& t) {
+  if (t.device != Device::kCpu) fail(kOp, std::string(t.name) + " must be on the CPU");
+}
+
+void require_packed(const StageProgram& program, const TensorView& packed) {
+  require_shape(kOp, packed, {cpu::branch_stage_packed_elements(program)});
+  require_contiguous(kOp, packed);
+  require_on_cpu(packed);
+  if (packed.dtype != Dtype::kFloat32 && packed.dtype != Dtype::kFloat64) {
+    fail(kOp, "packed must be float32 or float64");
+  }
+}
+
+// The parameters of a step have the shapes that the packing reads.
+void check_parameters(const StageProgram& program, const StageStep& step,
+                      const std::vector<TensorView>& tensors) {
+  if (step.tensors[0] < 0) return;
+  const TensorView& first = tensors[step.tensors[0]];
+  if (step.kind == StageKind::kConv2d) {
+    require_shape(kOp, first,
+                  {program.branches, step.out, step.rows_in, step.kernel_h, step.kernel_w});
+  } else if (step.kind == StageKind::kLinear) {
+    require_shape(kOp, first, {program.branches, step.out, step.rows_in});
+  } else {
+    require_shape(kOp, first, {program.branches, step.out});
+  }
+  if (step.tensors[1] >= 0) {
+    require_shape(kOp, tensors[step.tensors[1]], {program.branches, step.out});
+  }
+}
+
+void pack(const StageProgram& program, const py::list& list, py::handle packed_, int threads) {
+  const TensorArg packed(packed_, "packed");
+  if (threads < 1) fail(kOp, "threads must be at least 1");
+  if (program.tensor_count > static_cast<int>(list.size())) {
+    fail(kOp, "tensors must be those of the program");
+  }
+  std::vector<TensorView> tensors;
+  for (const py::handle tensor : list) tensors.push_back(*TensorArg(tensor, "tensors"));
+  for (const TensorView& t : tensors) {
+    require_on_cpu(t);
+    require_like(kOp, t, tensors.front());
+    if (!is_floating_point(t.dtype)) fail(kOp, "tensors must be floating-point tensors");
+  }
+  for (const StageStep& step : program.steps) check_parameters(program, step, tensors);
+  require_packed(program, packed);
+  if (!tensors.empty() &&
+      (packed->dtype == Dtype::kFloat64) != (tensors.front().dtype == Dtype::kFloat64)) {
+    fail(kOp, "packed must be float32, or float64 for float64 tensors");
+  }
+  const py::gil_scoped_release no_gil;
+  cpu::branch_stage_pack(program, tensors, packed, threads);
+}
+
+// [N, k] of branch numbers, for x [N, ...] or [N, k, ...].
+void check_index(const StageProgram& program, const TensorView& index, const TensorView& x) {
+  const bool per_pair = x.ndim == (program.vector ? 3 : 5);
+  require_shape(kOp, index, {x.shape[0], per_pair ? x.shape[1] : index.shape[1]});
+  require_contiguous(kOp, index);
+  require_on_cpu(index);
+  if (index.dtype != Dtype::kInt32) fail(kOp, "index must be int32");
+  const auto* branches = index.as<const std::int32_t>();
+  for (std::int64_t i = 0; i < index.shape[0] * index.shape[1]; ++i) {
+    if (branches[i] < 0 || branches[i] >= program.branches) {
+      fail(kOp, "routes.index must name branches 0 to " + std::to_string(program.branches - 1) +
+                    ", got " + std::to_string(branches[i]));
+    }
+  }
+}
+
+void check_input(const StageProgram& program, const TensorView& x) {
+  const int rank = program.vector ? 2 : 4, channel = program.vector ? x.ndim - 1 : x.ndim - 3;
+  require_on_cpu(x);
+  if (x.ndim != rank && x.ndim != rank + 1) fail(kOp, "x must have the rank of the program");
+  if (x.shape[channel] != program.in_channels) {
+    fail(kOp, "x must have the channels of the program");
+  }
+  if (x.shape[channel] > 1 && x.stride[channel] != 1) {
+    fail(kOp, "x must have its channels side by side");
+  }
+  if (!is_floating_point(x.dtype)) fail(kOp, "x must be a floating-point tensor");
+}
+
+// Pairs follow each other; within one, channels are innermost.
+void check_output(const StageProgram& program, const TensorView& x, const TensorView& index,
+                  const TensorView& y) {
+  const bool map = !program.vector;
+  const std::vector<StageShape> shapes =
+      stage_shapes(program, map ? x.shape[x.ndim - 2] : 1, map ? x.shape[x.ndim - 1] : 1);
+  const StageShape& s = shapes[program.output];
+  const std::int64_t n = index.shape[0], k = index.shape[1];
+  require_like(kOp, y, x);
+  if (s.vector) {
+    require_shape(kOp, y, {n, k, s.channels});
+    require_contiguous(kOp, y);
+    return;
+  }
+  require_shape(kOp, y, {n, k, s.channels, s.rows, s.cols});
+  TensorView innermost = y;  // [n, k, rows, cols, channels]
+  innermost.shape = {n, k, s.rows, s.cols, s.channels};
+  innermost.stride = {y.stride[0], y.stride[1], y.stride[3], y.stride[4], y.stride[2]};
+  require_contiguous(kOp, innermost);
+}
+
+void forward(const StageProgram& program, py::handle x_, py::handle index_, py::handle packed_,
+             py::handle y_, int threads) {
+  const TensorArg x(x_, "x"), index(index_, "index"), packed(packed_, "packed"), y(y_, "y");
+  if (threads < 1) fail(kOp, "threads must be at least 1");
+  if (index->ndim != 2) fail(kOp, "index must be [N, k]");
+  check_input(program, x);
+  check_index(program, index, x);
+  check_output(program, x, index, y);
+  require_packed(program, packed);
+  if ((packed->dtype == Dtype::kFloat64) != (x->dtype == Dtype::kFloat64)) {
+    fail(kOp, "packed must be float32, or float64 for a float64 x");
+  }
+  const py::gil_scoped_release no_gil;
+  cpu::branch_stage_forward(program, x, index, packed, y, threads);
+}
+
+}  // namespace
+
+void bind_branch_stage(py::module_& m) {
+  py::class_<StageProgram>(m, "BranchStageProgram", "The steps of a branch; see BranchPlan.")
+      .def(py::init(&parse_stage_program), py::arg("integers"))
+      .def_property_readonly("packed_elements", &cpu::branch_stage_packed_elements,
+                             "How many elements the packed parameters of all branches have.");
+  m.def("branch_stage_pack", &pack, py::arg("program"), py::arg("tensors"), py::arg("packed"),
+        py::arg("threads"), "Writes the packed form of the parameters.");
+  m.def("branch_stage_forward", &forward, py::arg("program"), py::arg("x"), py::arg("index"),
+        py::arg("packed"), py::arg("y"), py::arg("threads"),
+        "Writes y. See pyeff.ops.branch_stage.");
+}
+
+}  // namespace pyeff::bindings

@@ -1,0 +1,174 @@
+#pragma once
+// The register tile of a branch stage: R rows of W pixels times Z vectors of channels, with the
+// residual and a clamping activation added before the results leave the registers.
+//   out[r][w][l] = clamp(init[l] + residual[r][w][l]
+//                        + sum_t sum_k taps[t].a[r * a_row + w * a_pixel + k]
+//                                      * taps[t].b[k * b_step + l])
+// Maps of 4 to 8 pixels a row would leave half of a tile of one row empty.
+
+#include "cpu/branch_stage_layout.h"
+#include "cpu/tile.h"
+
+namespace pyeff::cpu::PYEFF_ISA {
+namespace {
+
+template <typename A>
+struct StageCall {
+  const Tap<A>* taps;
+  Index tap_count;
+  Index a_offset, b_offset;  // added to the pointers of every tap
+  Index a_row, a_pixel, b_step;
+  const A* init;  // [Z * kLanes]
+  A* out;
+  Index out_row, out_pixel;
+  const A* residual;  // like out, or null
+  Index residual_row, residual_pixel;
+  bool clamps;
+  A low, high;
+};
+
+// NaN stays NaN, as in torch.
+template <typename A>
+inline Vec<A> clamped(Vec<A> v, A low, A high) {
+  const Vec<A> lowest = Vec<A>{} + low, highest = Vec<A>{} + high;
+  v = v < lowest ? lowest : v;
+  return v > highest ? highest : v;
+}
+
+template <typename A, int R, int W, int Z>
+inline void end_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[R * W][Z]) {
+  if (call.residual != nullptr) {
+#pragma GCC unroll 32
+    for (int p = 0; p < R * W; ++p) {
+      const A* from = call.residual + p / W * call.residual_row + p % W * call.residual_pixel;
+#pragma GCC unroll 4
+      for (int z = 0; z < Z; ++z) acc[p][z] += load(from + z * kLanes<A>);
+    }
+  }
+  if (call.clamps) {
+#pragma GCC unroll 32
+    for (int p = 0; p < R * W; ++p) {
+#pragma GCC unroll 4
+      for (int z = 0; z < Z; ++z) acc[p][z] = clamped<A>(acc[p][z], call.low, call.high);
+    }
+  }
+#pragma GCC unroll 32
+  for (int p = 0; p < R * W; ++p) {
+    A* to = call.out + p / W * call.out_row + p % W * call.out_pixel;
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; ++z) store(to + z * kLanes<A>, acc[p][z]);
+  }
+}
+
+template <typename A, int P, int Z>
+inline void begin_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[P][Z]) {
+#pragma GCC unroll 4
+  for (int z = 0; z < Z; ++z) {
+    const Vec<A> init = load(call.init + z * kLanes<A>);
+#pragma GCC unroll 32
+    for (int p = 0; p < P; ++p) acc[p][z] = init;
+  }
+}
+
+struct DenseStageTile {
+  static constexpr bool kLanesAreChannels = false;
+
+  template <typename A, int R, int W, int Z>
+  static void run(const StageCall<A>& call) {
+    Vec<A> acc[R * W][Z];
+    begin_stage_tile<A, R * W, Z>(call, acc);
+    const Index a_row = call.a_row, a_pixel = call.a_pixel, b_step = call.b_step;
+    for (Index t = 0; t < call.tap_count; ++t) {
+      const A* a = call.taps[t].a + call.a_offset;
+      const A* b = call.taps[t].b + call.b_offset;
+      for (Index k = call.taps[t].k; k > 0; --k) {
+        Vec<A> weight[Z];
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) weight[z] = load(b + z * kLanes<A>);
+#pragma GCC unroll 32
+        for (int p = 0; p < R * W; ++p) {
+          const A pixel = a[p / W * a_row + p % W * a_pixel];
+#pragma GCC unroll 4
+          for (int z = 0; z < Z; ++z) acc[p][z] += pixel * weight[z];
+        }
+        ++a;
+        b += b_step;
+      }
+    }
+    end_stage_tile<A, R, W, Z>(call, acc);
+  }
+};
+
+struct DepthwiseStageTile {
+  static constexpr bool kLanesAreChannels = true;
+
+  template <typename A, int R, int W, int Z>
+  static void run(const StageCall<A>& call) {
+    Vec<A> acc[R * W][Z];
+    begin_stage_tile<A, R * W, Z>(call, acc);
+    for (Index t = 0; t < call.tap_count; ++t) {
+      const A* a = call.taps[t].a + call.a_offset;
+      const A* b = call.taps[t].b + call.b_offset;
+#pragma GCC unroll 4
+      for (int z = 0; z < Z; ++z) {
+        const Vec<A> weight = load(b + z * kLanes<A>);
+#pragma GCC unroll 32
+        for (int p = 0; p < R * W; ++p) {
+          const A* pixel = a + p / W * call.a_row + p % W * call.a_pixel + z * kLanes<A>;
+          acc[p][z] += load(pixel) * weight;
+        }
+      }
+    }
+    end_stage_tile<A, R, W, Z>(call, acc);
+  }
+};
+
+// Pixels of a tile of `rows` rows and `vecs` vectors fill the registers, but no more.
+constexpr int kStageRows = 2;
+constexpr int most_cols(int rows, int vecs) {
+  if (rows == 1) return kTilePixels;
+  return vecs == 1 && kTilePixels == 14 ? 8 : kTilePixels / rows;
+}
+
+// Panels are kNarrow or kPanel lanes wide, so that fewer vectors than this are never asked for.
+template <typename A>
+constexpr int kFewestVecs = kNarrow / kLanes<A> < kTileVecs ? kNarrow / kLanes<A> : kTileVecs;
+
+template <typename A>
+using StageTileFunction = void (*)(const StageCall<A>&);
+
+template <typename Tile, typename A>
+struct StageTileTable {
+  StageTileFunction<A> by_size[kStageRows][kTileVecs][kTilePixels];
+
+  constexpr StageTileTable() : by_size{} { fill<1, kFewestVecs<A>, 1>(); }
+
+ private:
+  template <int R, int Z, int W>
+  constexpr void fill() {
+    by_size[R - 1][Z - 1][W - 1] = &Tile::template run<A, R, W, Z>;
+    if constexpr (W < most_cols(R, Z)) {
+      fill<R, Z, W + 1>();
+    } else if constexpr (Z < kTileVecs) {
+      fill<R, Z + 1, 1>();
+    } else if constexpr (R < kStageRows) {
+      fill<R + 1, kFewestVecs<A>, 1>();
+    }
+  }
+};
+
+template <typename Tile, typename A>
+inline void run_stage_tile(int rows, int cols, int vecs, const StageCall<A>& call) {
+  static constexpr StageTileTable<Tile, A> kTable;
+  kTable.by_size[rows - 1][vecs - 1][cols - 1](call);
+}
+
+// How a map of `cols` columns is cut: the rows of a tile that leave the fewest registers empty.
+inline int tile_rows(Index rows, Index cols, int vecs) {
+  if (rows < kStageRows) return 1;
+  const auto pixels = [&](int r) { return r * double(cols) / ceil_div(cols, most_cols(r, vecs)); };
+  return pixels(kStageRows) > 1.1 * pixels(1) ? kStageRows : 1;
+}
+
+}  // namespace
+}  // namespace pyeff::cpu::PYEFF_ISA

@@ -1,0 +1,91 @@
+"""A branch plan as the CPU kernel takes it: its steps parsed and its parameters packed, once."""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyeff import _C
+from pyeff.ops._packed import on_clear
+from pyeff.ops._weak_cache import WeakTensorCache
+
+
+class NativePlan(NamedTuple):
+    """What the kernel needs beside the tensors of a call."""
+
+    program: "_C.BranchStageProgram"
+    packed: Tensor
+
+
+class _Seen(NamedTuple):
+    """One parameter as it was packed."""
+
+    tensor: "weakref.ref[Tensor]"
+    pointer: int
+    version: int
+
+
+class _Entry(NamedTuple):
+    integers: tuple[int, ...]
+    parameters: list[_Seen]
+    plan: NativePlan
+
+
+# Keyed on a plan's first parameter; it may serve several plans.
+_entries: WeakTensorCache[list[_Entry]] = WeakTensorCache()
+
+
+def native_plan(
+    tensors: Sequence[Tensor], integers: Sequence[int], dtype: torch.dtype
+) -> NativePlan:
+    """The plan that was lowered to these, packed anew where a parameter has changed.
+
+    Args:
+        tensors: CPU tensors of one dtype.
+        integers: The program.
+        dtype: Of the packed parameters, float32 or float64.
+    """
+    key = tuple(integers)
+    if not tensors or any(t.is_inference() for t in tensors):
+        return _pack(tensors, key, dtype)
+    entries = _entries.get(tensors[0]) or []
+    for entry in entries:
+        if entry.integers == key and all(map(_unchanged, entry.parameters, tensors)):
+            return entry.plan
+    plan = _pack(tensors, key, dtype)
+    seen = [_Seen(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
+    current = [e for e in entries if e.integers != key]
+    _entries.put(tensors[0], [*current, _Entry(key, seen, plan)])
+    return plan
+
+
+def _unchanged(seen: _Seen, tensor: Tensor) -> bool:
+    return (
+        seen.tensor() is tensor
+        and seen.version == tensor._version
+        and seen.pointer == tensor.data_ptr()
+    )
+
+
+def _pack(tensors: Sequence[Tensor], integers: tuple[int, ...], dtype: torch.dtype) -> NativePlan:
+    program = _C.BranchStageProgram(list(integers))
+    packed = torch.empty(program.packed_elements, dtype=dtype)
+    _C.branch_stage_pack(program, [t.detach() for t in tensors], packed, torch.get_num_threads())
+    return NativePlan(program, packed)
+
+
+def _clear(tensor: Tensor | None) -> None:
+    """Frees the packed parameters of every plan that reads ``tensor``, or of all."""
+    if tensor is None:
+        _entries.clear()
+        return
+    for first in _entries.tensors():
+        entries = _entries.get(first) or []
+        kept = [e for e in entries if not any(seen.tensor() is tensor for seen in e.parameters)]
+        if len(kept) < len(entries):
+            _entries.put(first, kept)
+
+
+on_clear(_clear)
