@@ -236,7 +236,7 @@ def _moments(
     values = count.clamp_min(1).unsqueeze(1)
     mean = members @ x.sum((2, 3), dtype=members.dtype) / values
     centred = x - _per_row(mean, branch)
-    return count, mean, members @ (centred * centred).sum((2, 3)) / values
+    return count, mean, members @ centred.mul_(centred).sum((2, 3)) / values
 
 
 def _moments_of_all(
@@ -282,22 +282,23 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, branch, members, mean, inverse, share = ctx.saved_tensors
-        (grad,) = grads
-        share = share.unsqueeze(1)
-        centred = x - _per_row(mean, branch)
-        if torch.is_grad_enabled():
-            # A second derivative: the moments have to be functions of x again.
-            mean, inverse, centred = _recomputed(x, branch, members, mean, inverse, share, ctx.eps)
-        grad_bias = members @ grad.sum((2, 3), dtype=members.dtype)
-        product = members @ (grad * centred).sum((2, 3))
+        grad, share, wide = grads[0], share.unsqueeze(1), members.dtype
+        again = torch.is_grad_enabled()
+        if again:  # a second derivative: the moments have to be functions of x again
+            mean, inverse = _recomputed(x, branch, members, mean, inverse, share, ctx.eps)
+        x, grad_wide = x.to(wide), grad.to(wide)
+        buffer = x * grad_wide
+        sum_grad = members @ grad_wide.sum((2, 3))
+        sum_product = members @ buffer.sum((2, 3)) - mean * sum_grad  # of (x - mean) * grad
         scale = inverse if weight is None else inverse * weight
-        by_mean = -scale * grad_bias * share
-        by_var = -scale * inverse * inverse * product * share
-        grad_x = torch.addcmul(_per_row(by_mean, branch), centred, _per_row(by_var, branch))
-        grad_x = grad_x + grad * _per_row(scale, branch)
-        grad_weight = None if weight is None else (product * inverse).to(weight.dtype)
-        grad_bias = None if weight is None else grad_bias.to(weight.dtype)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, *[None] * 6
+        by_x = -scale * inverse * inverse * sum_product * share
+        constant = -scale * sum_grad * share - mean * by_x
+        out = None if again else buffer
+        grad_x = torch.addcmul(_per_row(constant, branch), x, _per_row(by_x, branch), out=out)
+        grad_x = torch.addcmul(grad_x, grad_wide, _per_row(scale, branch), out=out)
+        grad_weight = None if weight is None else (sum_product * inverse).to(weight.dtype)
+        grad_bias = None if weight is None else sum_grad.to(weight.dtype)
+        return grad_x.to(grad.dtype), grad_weight, grad_bias, *[None] * 6
 
 
 def _recomputed(
@@ -308,11 +309,11 @@ def _recomputed(
     inverse: Tensor,
     share: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, 1 / deviation and x - mean as functions of x, where they are ones."""
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation as functions of x, where they are ones."""
     own = share > 0
     mean_of_x = members @ x.sum((2, 3), dtype=members.dtype) * share
     mean = torch.where(own, mean_of_x, mean)
     centred = x - _per_row(mean, branch)
     var = members @ (centred * centred).sum((2, 3)) * share
-    return mean, torch.where(own, torch.rsqrt(var + eps), inverse), centred
+    return mean, torch.where(own, torch.rsqrt(var + eps), inverse)
