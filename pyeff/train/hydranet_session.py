@@ -17,6 +17,9 @@ from pyeff.train.session import Batches, Session, TrainResult
 from pyeff.train.state import kept
 from pyeff.train.step import TrainStep
 
+# A gate that was hardly trained yet sends most images to few branches, and soon stops.
+FIRST_STEPS = 100
+
 
 class CollapseWarning(UserWarning):
     """A HydraNet's gate sends most images to few branches."""
@@ -107,6 +110,8 @@ class HydraSession(Session):
 
     def _warn(self, epoch: int, trouble: str | None) -> None:
         """Says once when a gate begins to collapse, and again if it does so anew."""
+        if self.progress.step < FIRST_STEPS:
+            return
         if trouble and not self._collapsed and self.processes.first:
             warnings.warn(f"train: epoch {epoch}: {trouble}", CollapseWarning, stacklevel=2)
         self._collapsed = trouble is not None
