@@ -53,6 +53,11 @@ def check_together(op: str, first: str, x: Tensor, **others: Tensor | None) -> N
             )
 
 
+def index_of(routes: Routes | Tensor) -> Tensor:
+    """The index of routes of either kind, unchecked."""
+    return routes.index if isinstance(routes, Routes) else routes
+
+
 def route_index(
     op: str, routes: Routes | Tensor, x: Tensor, branches: int, *, validate: bool
 ) -> Tensor:
@@ -61,7 +66,7 @@ def route_index(
     Its values are checked where the kernel runs, which knows them also under a compiler; here only
     those on a GPU, where ``validate`` asks for it.
     """
-    index = routes.index if isinstance(routes, Routes) else routes
+    index = index_of(routes)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{op}: routes must be Routes or an int32 or int64 tensor, got {kind}")

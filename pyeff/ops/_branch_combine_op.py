@@ -11,7 +11,7 @@ from pyeff import _C
 from pyeff.ops import _branch_combine_torch as aten
 from pyeff.ops._branch_index import check_known_values, kernel_index
 from pyeff.ops._dispatch import choose, forced_backend
-from pyeff.ops._eager import is_plain, needs_composition
+from pyeff.ops._eager import needs_composition
 from pyeff.ops._packed import packed_weight
 from pyeff.ops._register import register
 from pyeff.reference.combine import combine as reference
@@ -20,11 +20,19 @@ OP = "combine"
 
 
 def run(
-    y: Tensor, projection: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor
+    y: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    weight: Tensor,
+    *,
+    plain: bool,
 ) -> Tensor:
-    """The operator on checked arguments, by the shortest route that is open."""
-    plain = is_plain(y, projection, bias) and type(index) is Tensor
-    if not plain or not is_plain(weight, weight, None):
+    """The operator on checked arguments, by the shortest route that is open.
+
+    ``plain`` says that nothing but autograd has to see the call.
+    """
+    if not plain:
         if needs_composition():
             check_known_values(OP, index, projection.shape[0])
             return reference(y, projection, bias, index, weight)

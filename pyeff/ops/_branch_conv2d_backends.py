@@ -4,13 +4,14 @@ Every function takes checked arguments: ``index`` is contiguous int32 [N, k] and
 """
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyeff import _C
 from pyeff.ops import _branch_conv2d_torch as aten
-from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps
+from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps, map_strides
 from pyeff.ops._dispatch import choose
 from pyeff.ops._packed import packed_weight
 from pyeff.reference.branch_conv2d import branch_conv2d as reference
@@ -26,7 +27,6 @@ def forward(
     conv: Conv,
     *,
     recording: bool = False,
-    owner: Tensor | None = None,
 ) -> Tensor:
     """y [N, k, O, H', W'], O innermost.
 
@@ -37,24 +37,11 @@ def forward(
         index: [N, k].
         conv: Where the kernel lies.
         recording: A gradient of the weight will follow.
-        owner: The tensor that ``weight`` is a view of, whose packed copy serves it.
     """
     name = choose(OP, x, direction="train" if recording else "forward")
     if name == "cpp":
-        y = empty_maps(x, *index.shape, weight.shape[1], *conv.output_size(x, weight))
-        packed = (
-            None if recording else packed_weight(weight if owner is None else owner, conv.groups)
-        )
-        _C.branch_conv2d_forward(
-            channels_innermost(x),
-            weight.contiguous(),
-            packed,
-            None if bias is None else bias.contiguous(),
-            index,
-            y,
-            _problem(conv),
-        )
-        return y
+        packed = None if recording else packed_weight(weight, conv.groups)
+        return cpp_forward(_cpp(x, weight, index, conv), x, weight, packed, bias, index)
     if name == "triton":
         return _triton().forward(x, weight, bias, index, *conv)
     _refuse_cuda(name)
@@ -133,9 +120,58 @@ def bias_gradient(grad_y: Tensor, index: Tensor, branches: int) -> Tensor:
     return zeros.index_put((index.reshape(-1).long(),), sums, accumulate=True)
 
 
+# --- cpp ------------------------------------------------------------------------------------------
+
+
+class CppCall(NamedTuple):
+    """What a forward call of the cpp backend needs beside its tensors; depends on shapes only."""
+
+    shape: tuple[int, ...]  # of y
+    strides: tuple[int, ...]
+    problem: tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """A checked call: what to run, and the cpp backend's form of it where that will run."""
+
+    conv: Conv
+    cpp: CppCall | None
+
+
+def cpp_call(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> CppCall | None:
+    """The call without gradients for tensors of these shapes, if the cpp backend takes it."""
+    return _cpp(x, weight, index, conv) if choose(OP, x) == "cpp" else None
+
+
+def _cpp(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> CppCall:
+    shape = (*index.shape, weight.shape[1], *conv.output_size(x, weight))
+    return CppCall(shape, map_strides(shape), _problem(conv))
+
+
+def cpp_forward(
+    call: CppCall,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+) -> Tensor:
+    """Forward on the CPU kernels."""
+    y = x.new_empty_strided(call.shape, call.strides)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    _C.branch_conv2d_forward(channels_innermost(x), weight, packed, bias, index, y, call.problem)
+    return y
+
+
 def _problem(conv: Conv) -> tuple[int, ...]:
     top, _, left, _ = conv.padding
     return (*conv.stride, top, left, *conv.dilation, conv.groups, torch.get_num_threads())
+
+
+# --- the others -----------------------------------------------------------------------------------
 
 
 def _triton() -> ModuleType:

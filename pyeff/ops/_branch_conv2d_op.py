@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from pyeff.ops import _branch_conv2d_backends as backends
+from pyeff.ops._branch_conv2d_backends import Call
 from pyeff.ops._branch_conv2d_torch import compose
 from pyeff.ops._branch_index import check_known_values, kernel_index
 from pyeff.ops._branch_maps import Conv, empty_maps
 from pyeff.ops._dispatch import forced_backend
-from pyeff.ops._eager import is_plain, needs_composition
+from pyeff.ops._eager import needs_composition
+from pyeff.ops._packed import packed_weight
 from pyeff.ops._register import register
 
 _CONV_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation, int groups"
@@ -24,29 +26,35 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    conv: Conv,
+    call: Call,
+    *,
+    plain: bool,
     owner: Tensor | None = None,
 ) -> Tensor:
     """The operator on checked arguments, by the shortest route that is open.
 
-    ``op`` is named where a value of the index is wrong; ``owner`` is the tensor that ``weight`` is
-    a view of, if any.
+    ``op`` is named where a value of the index is wrong; ``plain`` says that nothing but autograd
+    has to see the call; ``owner`` is the tensor that ``weight`` is a view of, if any.
     """
-    if not is_plain(x, weight, bias) or type(index) is not Tensor:
+    conv = call.conv
+    if not plain:
         if needs_composition():
             check_known_values(op, index, weight.shape[0])
             return compose(x, weight, bias, index, conv)
         result: Tensor = forward_op(x, weight, bias, index, *conv)
         return result
     index = kernel_index(op, index, weight.shape[0])
-    if forced_backend() == "reference":
-        return backends.by_reference(x, weight, bias, index, conv)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if forced_backend() == "reference":
+            return backends.by_reference(x, weight, bias, index, conv)
         y: Tensor = BranchConv2d.apply(x, weight, bias, index, conv)
         return y
-    return backends.forward(x, weight, bias, index, conv, owner=owner)
+    if call.cpp is not None:
+        packed = packed_weight(weight if owner is None else owner, conv.groups)
+        return backends.cpp_forward(call.cpp, x, weight, packed, bias, index)
+    return backends.forward(x, weight, bias, index, conv)
 
 
 def _raise(

@@ -25,13 +25,18 @@ class Conv(NamedTuple):
         )
 
 
-def empty_maps(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised [..., C, H, W] with C innermost in memory."""
+def map_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of [..., C, H, W] with C innermost in memory."""
     *outer, c, h, w = shape
     strides = [h * w * c]
     for size in reversed(outer[1:]):
         strides.insert(0, strides[0] * size)
-    return like.new_empty_strided(shape, (*strides, 1, w * c, c))
+    return (*strides, 1, w * c, c)
+
+
+def empty_maps(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised [..., C, H, W] with C innermost in memory."""
+    return like.new_empty_strided(shape, map_strides(shape))
 
 
 def channels_innermost(t: Tensor) -> Tensor:

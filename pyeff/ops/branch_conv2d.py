@@ -2,11 +2,20 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
-from pyeff.ops._branch_conv2d_backends import OP
+from pyeff.ops._branch_args import (
+    check_bias,
+    check_tensor,
+    check_together,
+    index_of,
+    require,
+    route_index,
+)
+from pyeff.ops._branch_calls import KnownCalls
+from pyeff.ops._branch_conv2d_backends import OP, Call, cpp_call
 from pyeff.ops._branch_conv2d_op import run
 from pyeff.ops._branch_maps import Conv
 from pyeff.ops._conv_args import Pair, padding_sides, pair
+from pyeff.ops._eager import is_plain
 from pyeff.ops.top_k_routes import Routes
 
 
@@ -63,14 +72,36 @@ def branch_conv2d(
         >>> branch_conv2d(torch.randn(2, 32, 8, 8), weight, None, index, padding=1).shape
         torch.Size([2, 2, 16, 8, 8])
     """
+    index = index_of(routes)
+    plain = is_plain(x, weight, bias) and type(index) is Tensor
+
+    def checked() -> Conv:
+        _check_tensors(x, weight, bias)
+        index = route_index(OP, routes, x, weight.shape[0], validate=validate)
+        conv = _conv(weight, stride, padding, dilation, groups)
+        _check_shapes(x, weight, index, conv)
+        return conv
+
+    if not plain or validate:
+        call = Call(checked(), None)
+    else:
+        options = (stride, padding, dilation, groups)
+        call = _known.get(
+            (x, weight, bias, index),
+            options,
+            lambda: Call(conv := checked(), cpp_call(x, weight, index, conv)),
+        )
+    return run(OP, x, weight, bias, index, call, plain=plain)
+
+
+_known: KnownCalls[Call] = KnownCalls()
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor(OP, "x", x, {4: "[N, C, H, W]", 5: "[N, k, C, H, W]"})
     check_tensor(OP, "weight", weight, {5: "[B, O, C / groups, kh, kw]"})
     check_bias(OP, bias, weight.shape[:2])
     check_together(OP, "x", x, weight=weight, bias=bias)
-    index = route_index(OP, routes, x, weight.shape[0], validate=validate)
-    conv = _conv(weight, stride, padding, dilation, groups)
-    _check_shapes(x, weight, index, conv)
-    return run(OP, x, weight, bias, index, conv)
 
 
 def _conv(

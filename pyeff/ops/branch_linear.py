@@ -2,9 +2,19 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
+from pyeff.ops._branch_args import (
+    check_bias,
+    check_tensor,
+    check_together,
+    index_of,
+    require,
+    route_index,
+)
+from pyeff.ops._branch_calls import KnownCalls
+from pyeff.ops._branch_conv2d_backends import Call, cpp_call
 from pyeff.ops._branch_conv2d_op import run
 from pyeff.ops._branch_maps import Conv
+from pyeff.ops._eager import is_plain
 from pyeff.ops.top_k_routes import Routes
 
 OP = "branch_linear"
@@ -51,14 +61,35 @@ def branch_linear(
         >>> branch_linear(torch.randn(2, 64), torch.randn(20, 10, 64), None, index).shape
         torch.Size([2, 2, 10])
     """
-    check_tensor(OP, "x", x, {2: "[N, I]", 3: "[N, k, I]"})
-    check_tensor(OP, "weight", weight, {3: "[B, O, I]"})
-    check_bias(OP, bias, weight.shape[:2])
-    check_together(OP, "x", x, weight=weight, bias=bias)
-    index = route_index(OP, routes, x, weight.shape[0], validate=validate)
-    _check_shapes(x, weight, index)
-    y = run(OP, x[..., None, None], weight[..., None, None], bias, index, _CONV, owner=weight)
+    index = index_of(routes)
+    plain = is_plain(x, weight, bias) and type(index) is Tensor
+
+    def checked() -> Conv:
+        check_tensor(OP, "x", x, {2: "[N, I]", 3: "[N, k, I]"})
+        check_tensor(OP, "weight", weight, {3: "[B, O, I]"})
+        check_bias(OP, bias, weight.shape[:2])
+        check_together(OP, "x", x, weight=weight, bias=bias)
+        _check_shapes(x, weight, route_index(OP, routes, x, weight.shape[0], validate=validate))
+        return _CONV
+
+    if not plain or validate:
+        call = Call(checked(), None)
+    else:
+        call = _known.get(
+            (x, weight, bias, index),
+            None,
+            lambda: Call(checked(), cpp_call(_maps(x), _maps(weight), index, _CONV)),
+        )
+    y = run(OP, _maps(x), _maps(weight), bias, index, call, plain=plain, owner=weight)
     return y[..., 0, 0]
+
+
+def _maps(rows: Tensor) -> Tensor:
+    """Rows [..., I] as maps of one pixel."""
+    return rows[..., None, None]
+
+
+_known: KnownCalls[Call] = KnownCalls()
 
 
 def _check_shapes(x: Tensor, weight: Tensor, index: Tensor) -> None:

@@ -3,7 +3,9 @@
 from torch import Tensor
 
 from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
+from pyeff.ops._branch_calls import KnownCalls
 from pyeff.ops._branch_combine_op import OP, run
+from pyeff.ops._eager import is_plain
 from pyeff.ops.top_k_routes import Routes
 
 
@@ -44,15 +46,37 @@ def combine(
         >>> combine(torch.randn(2, 2, 64), torch.randn(20, 10, 64), None, routes).shape
         torch.Size([2, 10])
     """
+    if not isinstance(routes, Routes):
+        raise TypeError(f"{OP}: routes must be Routes, got {type(routes).__name__}")
+    index, weight = routes
+    plain = is_plain(y, projection, bias) and type(index) is Tensor
+    plain = plain and is_plain(weight, weight, None)
+
+    def checked() -> bool:
+        _check_tensors(y, projection, bias, routes, validate)
+        return True
+
+    if not plain or validate:
+        checked()
+    else:
+        _known.get((y, projection, bias, index, weight), None, checked)
+    if weight.dtype != y.dtype:
+        weight = weight.to(y.dtype)
+    return run(y, projection, bias, index, weight, plain=plain)
+
+
+_known: KnownCalls[bool] = KnownCalls()
+
+
+def _check_tensors(
+    y: Tensor, projection: Tensor, bias: Tensor | None, routes: Routes, validate: bool
+) -> None:
     check_tensor(OP, "y", y, {3: "[N, k, F]"})
     check_tensor(OP, "projection", projection, {3: "[B, O, F]"})
     check_bias(OP, bias, projection.shape[1:2])
     check_together(OP, "y", y, projection=projection, bias=bias)
-    if not isinstance(routes, Routes):
-        raise TypeError(f"{OP}: routes must be Routes, got {type(routes).__name__}")
     index = route_index(OP, routes, y, projection.shape[0], validate=validate)
     _check_shapes(y, projection, index, routes.weight)
-    return run(y, projection, bias, index, routes.weight.to(y.dtype))
 
 
 def _check_shapes(y: Tensor, projection: Tensor, index: Tensor, weight: Tensor) -> None:
