@@ -63,8 +63,9 @@ class StageWorker {
   void surround(int slot) const {
     const StageMap& map = run_.maps[slot];
     if (map.place != StageMap::kScratch) return;
+    // Pixels are whole vectors, and too few for memset to be worth its call.
     const auto clear = [](A* from, Index count) {
-      std::memset(from, 0, static_cast<std::size_t>(count) * sizeof(A));
+      for (Index l = 0; l < count; l += kLanes<A>) store(from + l, Vec<A>{});
     };
     A* row = scratch_ + map.offset;
     clear(row, map.top * map.row);

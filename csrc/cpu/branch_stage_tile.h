@@ -70,16 +70,31 @@ inline void begin_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[P][Z]) {
   }
 }
 
+// The compiler must not see that pointers are a constant apart: it would keep every distance in a
+// register of its own, and run out of them.
+template <typename A>
+inline void hide(const A*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 struct DenseStageTile {
   static constexpr bool kLanesAreChannels = false;
 
   template <typename A, int R, int W, int Z>
   static void run(const StageCall<A>& call) {
+    // Pixels of a row are addressed from a pointer to every kGroup-th of them.
+    constexpr int kGroup = 5, kGroups = (W + kGroup - 1) / kGroup;
     Vec<A> acc[R * W][Z];
     begin_stage_tile<A, R * W, Z>(call, acc);
-    const Index a_row = call.a_row, a_pixel = call.a_pixel, b_step = call.b_step;
+    const Index a_pixel = call.a_pixel, b_step = call.b_step;
     for (Index t = 0; t < call.tap_count; ++t) {
-      const A* a = call.taps[t].a + call.a_offset;
+      const A* a[R][kGroups];
+      for (int r = 0; r < R; ++r) {
+        for (int g = 0; g < kGroups; ++g) {
+          a[r][g] = call.taps[t].a + call.a_offset + r * call.a_row + g * kGroup * a_pixel;
+          hide(a[r][g]);
+        }
+      }
       const A* b = call.taps[t].b + call.b_offset;
       for (Index k = call.taps[t].k; k > 0; --k) {
         Vec<A> weight[Z];
@@ -87,11 +102,15 @@ struct DenseStageTile {
         for (int z = 0; z < Z; ++z) weight[z] = load(b + z * kLanes<A>);
 #pragma GCC unroll 32
         for (int p = 0; p < R * W; ++p) {
-          const A pixel = a[p / W * a_row + p % W * a_pixel];
+          const A pixel = a[p / W][p % W / kGroup][p % W % kGroup * a_pixel];
 #pragma GCC unroll 4
           for (int z = 0; z < Z; ++z) acc[p][z] += pixel * weight[z];
         }
-        ++a;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int g = 0; g < kGroups; ++g) ++a[r][g];
+        }
         b += b_step;
       }
     }

@@ -12,11 +12,36 @@ from pyeff.ops._packed import on_clear
 from pyeff.ops._weak_cache import WeakTensorCache
 
 
-class NativePlan(NamedTuple):
-    """What the kernel needs beside the tensors of a call."""
+class NativePlan:
+    """What the kernel needs beside the tensors of a call.
 
-    program: "_C.BranchStageProgram"
-    packed: Tensor
+    Attributes:
+        program: The steps.
+        packed: The parameters of all branches.
+    """
+
+    def __init__(self, program: "_C.BranchStageProgram", packed: Tensor) -> None:
+        self.program = program
+        self.packed = packed
+
+
+class Known(NamedTuple):
+    """A native plan as a BranchPlan remembers it; weakly, so that it can be cleared."""
+
+    plan: "weakref.ref[NativePlan]"
+    parameters: list[tuple[Tensor, int, int]]  # with pointer and version when they were packed
+
+    def get(self) -> NativePlan | None:
+        """The plan, if it is there and no parameter has changed."""
+        for tensor, pointer, version in self.parameters:
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                return None
+        return self.plan()
+
+
+def known(tensors: Sequence[Tensor], plan: NativePlan) -> Known:
+    """For a plan that was just asked for."""
+    return Known(weakref.ref(plan), [(t, t.data_ptr(), t._version) for t in tensors])
 
 
 class _Seen(NamedTuple):

@@ -1,10 +1,12 @@
 """BranchPlan: a whole branch as data, which one call runs for every (image, branch) pair."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyeff.ops._branch_native import Known
 from pyeff.ops._branch_steps import ACTIVATIONS, OP, Shape, Step, decode, encode, fuse, result_shape
 from pyeff.ops._conv_args import Pair, padding_sides, pair
 
@@ -64,6 +66,9 @@ class BranchPlan:
         self._slots: list[tuple[int | None, bool]] = [(in_channels, vector)]
         self._lowered: tuple[list[Tensor], list[int]] | None = None
         self._output_shapes: dict[Shape, Shape] = {}
+        # Of the calls: what their checks found out, and the form of the plan that the CPU runs.
+        self.calls: dict[Hashable, Any] = {}
+        self.native: Known | None = None
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -386,5 +391,6 @@ class BranchPlan:
         return self.output
 
     def _changed(self) -> None:
-        self._lowered = None
+        self._lowered = self.native = None
         self._output_shapes.clear()
+        self.calls.clear()

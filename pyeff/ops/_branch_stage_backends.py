@@ -1,14 +1,14 @@
 """The backends of branch_stage; every function takes checked arguments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff import _C
-from pyeff.ops._branch_native import native_plan
+from pyeff.ops._branch_native import NativePlan, known, native_plan
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_steps import OP, Shape, Step
 from pyeff.ops._dispatch import choose
@@ -16,12 +16,31 @@ from pyeff.reference.branch_stage import ACTIVATE, pool
 from pyeff.reference.branch_stage import branch_stage as reference
 
 
-def forward(x: Tensor, index: Tensor, plan: BranchPlan) -> Tensor:
-    """y [N, k, ...], C innermost, for an index whose values are checked."""
-    name = choose(OP, x)
-    tensors, integers = plan.lower()
+class Call(NamedTuple):
+    """What a call needs beside its tensors; depends on their shapes, dtypes and devices only."""
+
+    backend: str
+    shape: tuple[int, ...]  # of y
+    strides: tuple[int, ...]
+
+
+def call_of(x: Tensor, index: Tensor, plan: BranchPlan) -> Call:
+    """The call for tensors of these shapes, after every check but that of the index's values."""
+    shape = plan.output_shape(tuple(x.shape[-1 if plan.vector else -3 :]))
+    return Call(choose(OP, x), *output_layout(index.shape[0], index.shape[1], shape))
+
+
+def forward(x: Tensor, index: Tensor, plan: BranchPlan, call: Call) -> Tensor:
+    """y [N, k, ...], C innermost, for an int32 index whose values are checked."""
+    name = call.backend
     if name == "cpp":
-        return _cpp_forward(x, index, plan, tensors, integers)
+        y = x.new_empty_strided(call.shape, call.strides)
+        native = _native(plan, x.dtype)
+        x = _channels_innermost(x, plan.vector)
+        threads = torch.get_num_threads()
+        _C.branch_stage_forward(native.program, x, index, native.packed, y, threads)
+        return y
+    tensors, _ = plan.lower()
     # Parameters may be float32 where x is of half precision.
     wide = x.to(tensors[0].dtype) if tensors else x
     if name == "reference":
@@ -34,19 +53,27 @@ def forward(x: Tensor, index: Tensor, plan: BranchPlan) -> Tensor:
         raise NotImplementedError(
             f"{OP}: backend {name} has no kernels for this operator yet; use triton or torch"
         )
-    return as_output(y.to(x.dtype))
+    y = y.to(x.dtype)
+    return y if y.stride() == call.strides else empty_output(y, call.shape).copy_(y)
 
 
-def _cpp_forward(
-    x: Tensor, index: Tensor, plan: BranchPlan, tensors: list[Tensor], integers: list[int]
-) -> Tensor:
-    item = tuple(x.shape[-1 if plan.vector else -3 :])
-    y = empty_output(x, index.shape[0], index.shape[1], plan.output_shape(item))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    program, packed = native_plan(tensors, integers, dtype)
-    x = _channels_innermost(x, plan.vector)
-    _C.branch_stage_forward(program, x, index, packed, y, torch.get_num_threads())
-    return y
+def output_layout(n: int, k: int, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a result: [n, k, C, H, W] with C innermost, or [n, k, F]."""
+    if len(shape) == 1:
+        return (n, k, *shape), (k * shape[0], shape[0], 1)
+    c, h, w = shape
+    return (n, k, c, h, w), (k * h * w * c, h * w * c, 1, w * c, c)
+
+
+def _native(plan: BranchPlan, dtype: torch.dtype) -> NativePlan:
+    native = None if plan.native is None else plan.native.get()
+    if native is None:
+        tensors, integers = plan.lower()
+        computed = torch.float64 if dtype == torch.float64 else torch.float32
+        native = native_plan(tensors, integers, computed)
+        if tensors:
+            plan.native = known(tensors, native)
+    return native
 
 
 def _channels_innermost(x: Tensor, vector: bool) -> Tensor:
@@ -59,18 +86,9 @@ def _channels_innermost(x: Tensor, vector: bool) -> Tensor:
     return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
-def empty_output(like: Tensor, n: int, k: int, shape: Shape) -> Tensor:
+def empty_output(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised [n, k, C, H, W] with C innermost, or [n, k, F]."""
-    if len(shape) == 1:
-        return like.new_empty((n, k, *shape))
-    c, h, w = shape
-    return like.new_empty_strided((n, k, c, h, w), (k * h * w * c, h * w * c, 1, w * c, c))
-
-
-def as_output(y: Tensor) -> Tensor:
-    """``y`` in the strides of ``empty_output``."""
-    out = empty_output(y, y.shape[0], y.shape[1], tuple(y.shape[2:]))
-    return y if y.stride() == out.stride() else out.copy_(y)
+    return like.new_empty_strided(*output_layout(shape[0], shape[1], shape[2:]))
 
 
 # --- torch: every step for all pairs at once ------------------------------------------------------

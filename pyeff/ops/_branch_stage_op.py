@@ -16,7 +16,8 @@ def _forward_kernel(
     x: Tensor, index: Tensor, tensors: Sequence[Tensor], program: Sequence[int]
 ) -> Tensor:
     plan = BranchPlan.raised(tensors, program)
-    return backends.forward(x, kernel_index(OP, index, plan.branches), plan)
+    index = kernel_index(OP, index, plan.branches)
+    return backends.forward(x, index, plan, backends.call_of(x, index, plan))
 
 
 def _forward_fake(
@@ -24,7 +25,7 @@ def _forward_fake(
 ) -> Tensor:
     plan = BranchPlan.raised(tensors, program)
     item = x.shape[-1 if plan.vector else -3 :]
-    return backends.empty_output(x, index.shape[0], index.shape[1], plan.output_shape(item))
+    return backends.empty_output(x, (*index.shape, *plan.output_shape(item)))
 
 
 def refuse_gradient() -> None:

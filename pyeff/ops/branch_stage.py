@@ -9,6 +9,7 @@ from pyeff.ops._branch_index import kernel_index
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_stage_op import forward_op, refuse_gradient
 from pyeff.ops._branch_steps import OP
+from pyeff.ops._dispatch import forced_backend
 from pyeff.ops._eager import is_plain
 from pyeff.ops.top_k_routes import Routes
 
@@ -55,26 +56,47 @@ def branch_stage(
         >>> branch_stage(torch.randn(2, 32, 16, 16), index, plan).shape
         torch.Size([2, 2, 16, 8, 8])
     """
-    index, tensors, program = _checked(x, routes, plan, validate)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
-        refuse_gradient()
-    if not is_plain(x, tensors[0] if tensors else x, None):
-        result: Tensor = forward_op(x, index, tensors, program)
-        return result
-    return backends.forward(x, kernel_index(OP, index, plan.branches), plan)
-
-
-def _checked(
-    x: Tensor, routes: Routes | Tensor, plan: BranchPlan, validate: bool
-) -> tuple[Tensor, list[Tensor], list[int]]:
     if not isinstance(plan, BranchPlan):
         raise TypeError(f"{OP}: plan must be a BranchPlan, got {type(plan).__name__}")
-    ranks = (
-        {2: "[N, F]", 3: "[N, k, F]"} if plan.vector else {4: "[N, C, H, W]", 5: "[N, k, C, H, W]"}
-    )
-    check_tensor(OP, "x", x, ranks)
+    index = routes.index if isinstance(routes, Routes) else routes
     tensors, program = plan.lower()
-    for t in tensors[:1]:
+    first = tensors[0] if tensors else x
+    plain = type(index) is Tensor and not validate and is_plain(x, first, None)
+    call = _known_call(x, index, plan) if plain else None
+    if call is None:
+        _check(x, routes, plan, validate)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        refuse_gradient()
+    if call is None:
+        result: Tensor = forward_op(x, index, tensors, program)
+        return result
+    return backends.forward(x, kernel_index(OP, index, plan.branches), plan, call)
+
+
+_MAX_CALLS = 256
+
+
+def _known_call(x: Tensor, index: Tensor, plan: BranchPlan) -> backends.Call:
+    """The call; checking it again costs more than a small branch.
+
+    The key holds everything that the checks and the choice of a backend depend on.
+    """
+    key = (x.shape, x.dtype, x.device, index.shape, index.dtype, index.device, forced_backend())
+    call: backends.Call | None = plan.calls.get(key)
+    if call is None:
+        _check(x, index, plan, False)
+        call = backends.call_of(x, index, plan)
+        if len(plan.calls) >= _MAX_CALLS:
+            plan.calls.clear()
+        plan.calls[key] = call
+    return call
+
+
+def _check(x: Tensor, routes: Routes | Tensor, plan: BranchPlan, validate: bool) -> None:
+    vectors, maps = {2: "[N, F]", 3: "[N, k, F]"}, {4: "[N, C, H, W]", 5: "[N, k, C, H, W]"}
+    ranks = vectors if plan.vector else maps
+    check_tensor(OP, "x", x, ranks)
+    for t in plan.lower()[0][:1]:
         if t.device != x.device:
             raise ValueError(
                 f"{OP}: plan must have its parameters on the device of x, {x.device}, "
@@ -95,4 +117,3 @@ def _checked(
             ),
         )
     plan.output_shape(x.shape[-1 if plan.vector else -3 :])
-    return index, tensors, program
