@@ -11,6 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from pyeff.checkpoint import write_bytes_atomically
+from pyeff.cli._demo_hydranet import HydraFindings, hydranet_section, print_hydranet
 from pyeff.train import LevelResult
 
 
@@ -49,6 +50,7 @@ class Findings:
         budget: in words, such as "30,000 parameters".
         recipe: what was trained, in a sentence.
         machine: where, in a sentence.
+        hydranet: the HydraNet's part.
     """
 
     nested: Sequence[LevelResult]
@@ -58,6 +60,7 @@ class Findings:
     budget: str
     recipe: str
     machine: str
+    hydranet: HydraFindings
 
     @property
     def tasks(self) -> list[str]:
@@ -113,6 +116,7 @@ def print_findings(findings: Findings, console: Console) -> None:
     console.print(f"Budget: {findings.budget}", highlight=False)
     for choice in findings.choices:
         console.print(f"  {_choice_words(choice)}", highlight=False)
+    print_hydranet(findings.hydranet, console)
 
 
 def _choice_words(choice: Choice) -> str:
@@ -156,7 +160,7 @@ def write_report(findings: Findings, picture: Path, path: Path) -> None:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>pyeff demo: one set of weights, several networks</title>
+<title>pyeff demo: networks that do less work per image</title>
 <style>
 {STYLE}
 </style>
@@ -182,6 +186,7 @@ that level out as a plain network of torch layers.</p>
 <ul>
 {choices}
 </ul>
+{hydranet_section(findings.hydranet)}
 </body>
 </html>
 """

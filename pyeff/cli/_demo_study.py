@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import pyeff
+from pyeff.cli._demo_hydranet import HydraFindings, Line, study_hydranet
 from pyeff.cli._demo_report import BATCHES, Choice, Findings, print_findings, write_report
 from pyeff.measure import measure_latency
 from pyeff.models.nested_resnet import NestedResNet
@@ -66,7 +67,9 @@ def run_study(out: Path, epochs: int, seed: int, budgets: Budgets, console: Cons
             out=str(out / f"dense_{task.name}"),
         )
         dense.append(Trainer(alone, [task]).fit(overwrite=True))
-    findings = _compare(config, tasks, nested, dense, budgets)
+    console.print(f"Training the HydraNet for task {tasks[0].name} ...")
+    hydranet = _study_hydranet(config, tasks[0], dense[0])
+    findings = _compare(config, tasks, (nested, dense), budgets, hydranet)
     print_findings(findings, console)
     plot_levels(findings.nested, out / "levels.png", dense=findings.dense)
     write_report(findings, out / "levels.png", out / "report.html")
@@ -85,11 +88,12 @@ def _check_budgets(config: TrainConfig, tasks: list[TaskData], budgets: Budgets)
 def _compare(
     config: TrainConfig,
     tasks: list[TaskData],
-    nested: TrainResult,
-    dense: list[TrainResult],
+    results: tuple[TrainResult, list[TrainResult]],
     budgets: Budgets,
+    hydranet: HydraFindings,
 ) -> Findings:
     """Costs, latencies and the choice of a level."""
+    nested, dense = results
     model = cast(NestedResNet, nested.model)
     levels: list[LevelResult] = []
     alone: list[LevelResult] = []
@@ -103,7 +107,7 @@ def _compare(
         seconds |= _time(model, task, other.model)
         choices.append(_choose(model, task, nested, mine, budgets))
     facts = pyeff.info()
-    training = nested.seconds + sum(result.seconds for result in dense)
+    training = nested.seconds + sum(result.seconds for result in dense) + hydranet.seconds
     return Findings(
         nested=levels,
         dense=alone,
@@ -119,7 +123,21 @@ def _compare(
             f"pyeff {facts['version']}, torch {facts['torch']}, {facts['isa']} kernels, "
             f"{facts['threads']} threads, seed {config.seed}, {training:.0f} s of training"
         ),
+        hydranet=hydranet,
     )
+
+
+def _study_hydranet(config: TrainConfig, task: TaskData, dense: TrainResult) -> HydraFindings:
+    """The HydraNet beside the dense network of the same task, which clusters its classes."""
+    alone = replace(
+        config,
+        tasks=(task.spec,),
+        model={"family": "backbone", "backbone": BACKBONE},
+        out=str(Path(config.out).with_name(f"dense_{task.name}")),
+    )
+    (line,) = level_results(dense.model, {task.name: task.image_shape}, dense.accuracy)
+    row = Line("dense, alone", dense.accuracy[task.name, 1], line.macs, {})
+    return study_hydranet(alone, task, row, dense.model)
 
 
 def _time(

@@ -8,7 +8,7 @@ from torch import nn
 from pyeff.checkpoint import FILE_NAME, MODEL_FILE_NAME
 from pyeff.train.config import TrainConfig
 from pyeff.train.hydranet_session import HydraSession
-from pyeff.train.network import is_hydranet_family, only_task
+from pyeff.train.network import build_network, is_hydranet_family, only_task
 from pyeff.train.partition_run import (
     groups_of_checkpoint,
     load_reference,
@@ -116,6 +116,8 @@ class Trainer:
     def _settle_partition(self, processes: Processes, resume: bool, overwrite: bool) -> None:
         """Puts the branch that owns each class into the run's configuration."""
         task = only_task(self.config.model, self.tasks)
+        # What is wrong with the network shall be said before its reference classifier is trained.
+        build_network(self.config.model, self.tasks)
         if resume and self.checkpoint.exists():
             groups = groups_of_checkpoint(self.checkpoint)
         else:

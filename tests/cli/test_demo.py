@@ -3,6 +3,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pyeff
@@ -53,22 +54,40 @@ def test_it_ends_well_and_says_where_the_report_is(run):
 
 def test_the_report_needs_nothing_else(page, run):
     assert page.outside == []
-    (image,) = page.images
-    assert base64.b64decode(image.partition("base64,")[2]) == (run[0] / "levels.png").read_bytes()
+    pictures = ["levels.png", "hydranet/branches.png"]
+    for image, name in zip(page.images, pictures, strict=True):
+        assert base64.b64decode(image.partition("base64,")[2]) == (run[0] / name).read_bytes()
     assert "url(" not in (run[0] / "report.html").read_text()
 
 
 def test_the_report_has_every_level_beside_the_dense_network(page):
-    networks = [row[0] for row in page.rows if row]
+    rows = [row for row in page.rows if row][:10]
+    networks = [row[0] for row in rows]
     assert networks == 2 * ["level 1", "level 2", "level 3", "level 4", "dense, alone"]
-    for row in filter(None, page.rows):
+    for row in rows:
         accuracy, params, macs = row[1], row[2], row[3]
         assert re.fullmatch(r"\d+\.\d%", accuracy)
         assert int(params.replace(",", "")) > 0
         assert int(macs.replace(",", "")) > 0
-    params = [int(row[2].replace(",", "")) for row in page.rows if row]
+    params = [int(row[2].replace(",", "")) for row in rows]
     assert params[:4] == sorted(params[:4])
     assert params[3] == params[4]
+
+
+def test_the_report_has_the_hydranet_with_every_number_of_branches(page, run):
+    out, result = run
+    rows = [row for row in page.rows if row][10:]
+    names = ["1 of 5", "2 of 5 (as trained)", "3 of 5", "4 of 5", "5 of 5", "dense, alone"]
+    assert [row[0] for row in rows] == names
+    macs = [int(row[2].replace(",", "")) for row in rows]
+    model = pyeff.load(out / "hydranet")
+    assert macs[:5] == [model.costs(8, k=k).macs for k in range(1, 6)]
+    for row in rows:
+        assert re.fullmatch(r"\d+\.\d%", row[1])
+        assert all(float(text) > 0 for text in row[3:])
+    owned = torch.bincount(model.class_group)
+    assert owned.tolist() == [2] * 5
+    assert "Digits of each branch: 0: " in result.output
 
 
 def test_the_budget_decides_the_level(run):
