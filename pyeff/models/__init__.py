@@ -4,7 +4,10 @@ from pyeff.models.backbones import BACKBONES, Backbone, backbone_named
 from pyeff.models.build import build
 from pyeff.models.dvn import DVN, dvn
 from pyeff.models.hydranet import HydraNet, HydraOutput, partition_classes
-from pyeff.models.hydranet_resnet import hydranet_resnet
+from pyeff.models.hydranet_cost import HydraCost, PartCost
+from pyeff.models.hydranet_densenet import hydranet_densenet
+from pyeff.models.hydranet_resnet import hydranet_resnet, hydranet_resnet50
+from pyeff.models.hydranet_ressep import hydranet_ressep
 from pyeff.models.layout import Active
 from pyeff.models.materialise import load_backbone
 from pyeff.models.nested_resnet import NestedResNet
@@ -17,17 +20,22 @@ __all__ = [
     "DVN",
     "Active",
     "Backbone",
+    "HydraCost",
     "HydraNet",
     "HydraOutput",
     "NestedNet",
     "NestedResNet",
+    "PartCost",
     "ResNet",
     "active_interval",
     "backbone_named",
     "build",
     "build_backbone",
     "dvn",
+    "hydranet_densenet",
     "hydranet_resnet",
+    "hydranet_resnet50",
+    "hydranet_ressep",
     "load_backbone",
     "nestednet",
     "partition_classes",

@@ -6,14 +6,19 @@ from typing import Any
 from torch import nn
 
 from pyeff.models.dvn import dvn
-from pyeff.models.hydranet_resnet import hydranet_resnet
+from pyeff.models.hydranet_densenet import hydranet_densenet
+from pyeff.models.hydranet_resnet import hydranet_resnet, hydranet_resnet50
+from pyeff.models.hydranet_ressep import hydranet_ressep
 from pyeff.models.nestednet import nestednet
 from pyeff.models.resnet import build_backbone
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "backbone": build_backbone,
     "dvn": dvn,
+    "hydranet_densenet": hydranet_densenet,
     "hydranet_resnet": hydranet_resnet,
+    "hydranet_resnet50": hydranet_resnet50,
+    "hydranet_ressep": hydranet_ressep,
     "nestednet": nestednet,
 }
 

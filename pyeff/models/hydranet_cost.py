@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartCost:
-    """A part of a HydraNet: parameters held, and multiply-adds for one image where it runs."""
+    """A part of a HydraNet.
+
+    Attributes:
+        params: parameters: weights, biases, norms' scales and shifts.
+        conv_fc_params: weights of convolutions and linear layers only.
+        macs: multiply-adds for one image, where the part runs.
+    """
 
     params: int
+    conv_fc_params: int
     macs: int
 
 
@@ -31,6 +38,7 @@ class HydraCost:
         k: how many branches run.
         macs: multiply-adds of convolutions and linear layers with k branches (1 MAC = 2 FLOP).
         params: parameters of the whole network, with all branches.
+        conv_fc_params: of these, the weights of convolutions and linear layers.
         stem: the stem.
         gate: the gate with its last linear layers.
         branch: one branch.
@@ -40,6 +48,7 @@ class HydraCost:
     k: int
     macs: int
     params: int
+    conv_fc_params: int
     stem: PartCost
     gate: PartCost
     branch: PartCost
@@ -51,17 +60,34 @@ def hydra_cost(model: HydraNet, image: tuple[int, int, int], k: int) -> HydraCos
     stem, features = _count(copy.deepcopy(model.stem), image)
     body, width = _count(copy.deepcopy(model.gate.body), features)
     top_k, _ = _count(copy.deepcopy(model.gate.top_k.score), width)
-    extra = model.gate.top_k.noise  # runs in training only
-    held = 0 if extra is None else sum(p.numel() for p in extra.parameters())
-    gate = PartCost(body.params + top_k.params + held, body.macs + top_k.macs)
+    gate = [body, top_k]
+    if model.gate.top_k.noise is not None:  # runs in training only
+        held = model.gate.top_k.noise.weight.numel()
+        gate.append(PartCost(held, held, 0))
     branch, _ = _count(model.branches.template(), features)
-    combiner = PartCost(
-        sum(p.numel() for p in model.combiner.parameters()),
-        model.combiner.features * model.combiner.classes,
+    last = model.combiner
+    held = last.weight.numel()
+    bias = 0 if last.bias is None else last.bias.numel()
+    combiner = PartCost(held + bias, held, last.features * last.classes)
+    parts = [stem, *gate, combiner, *[branch] * model.n_b]
+    return HydraCost(
+        k=k,
+        macs=stem.macs + sum(part.macs for part in gate) + k * (branch.macs + combiner.macs),
+        params=sum(part.params for part in parts),
+        conv_fc_params=sum(part.conv_fc_params for part in parts),
+        stem=stem,
+        gate=_sum(gate),
+        branch=branch,
+        combiner=combiner,
     )
-    macs = stem.macs + gate.macs + k * (branch.macs + combiner.macs)
-    params = stem.params + gate.params + model.n_b * branch.params + combiner.params
-    return HydraCost(k, macs, params, stem, gate, branch, combiner)
+
+
+def _sum(parts: list[PartCost]) -> PartCost:
+    return PartCost(
+        sum(part.params for part in parts),
+        sum(part.conv_fc_params for part in parts),
+        sum(part.macs for part in parts),
+    )
 
 
 def _count(part: nn.Module, source: tuple[int, ...]) -> tuple[PartCost, tuple[int, ...]]:
@@ -72,5 +98,8 @@ def _count(part: nn.Module, source: tuple[int, ...]) -> tuple[PartCost, tuple[in
     dtype = params[0].dtype if params else None
     with torch.no_grad():
         result = part(torch.empty(1, *source, device="meta", dtype=dtype))
-    cost = PartCost(sum(p.numel() for p in params), sum(layer.macs for layer in layers))
+    weights = sum(
+        layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)
+    )
+    cost = PartCost(sum(p.numel() for p in params), weights, sum(layer.macs for layer in layers))
     return cost, tuple(result.shape[1:])

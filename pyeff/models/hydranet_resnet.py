@@ -1,13 +1,13 @@
-"""HydraNets of residual networks: Hydra-Res on CIFAR's image size, and one of ResNet-50."""
+"""HydraNets of residual networks: Hydra-Res for images of CIFAR's size, and one of ResNet-50."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from pyeff.models.hydranet import HydraGate, HydraNet, class_groups_of
-from pyeff.models.resnet import BlockPlan, PlainBlock, PlainStem, StemPlan, initialise
-from pyeff.nn import Branches, Combiner, TopKGate
+from pyeff.models.hydranet import HydraNet, class_groups_of
+from pyeff.models.hydranet_parts import Stages, assemble, check_sizes, scaled
+from pyeff.models.resnet import PlainStem, StemPlan
 
 
 def hydranet_resnet(
@@ -92,90 +92,78 @@ def hydranet_resnet(
         )
     first, second = scaled(widths[0], w_s), scaled(widths[1], w_s)
     branch, body = scaled(widths[2], w_b), scaled(widths[2], w_g)
-    stage = _Stages("basic", preactivation, shortcut)
+    stage = Stages("basic", preactivation, shortcut)
     plan = StemPlan(in_channels, first, 3, 1, norm=not preactivation, pool=False)
     stem = nn.Sequential(PlainStem(plan), *stage(first, first, 1, d), *stage(first, second, 2, d))
     template = nn.Sequential(*stage(second, branch, 2, d), *stage.end(branch))
     gate_body = nn.Sequential(*stage(second, body, 2, gate_depth), *stage.end(body))
-    return assemble(
-        (stem, gate_body, template),
-        (body, branch),
-        config,
-        gate=gate,
-        n_b=n_b,
-    )
+    return assemble((stem, gate_body, template), (body, branch), config)
 
 
-class _Stages:
-    """Makes stages of residual blocks of one kind."""
-
-    def __init__(self, block: str, preactivation: bool, shortcut: str) -> None:
-        self.block, self.preactivation, self.shortcut = block, preactivation, shortcut
-
-    def __call__(self, inputs: int, outputs: int, stride: int, depth: int) -> list[nn.Module]:
-        """The blocks of a stage; the first one changes the shape."""
-        blocks: list[nn.Module] = []
-        for i in range(depth):
-            stride = stride if i == 0 else 1
-            kind = "identity" if stride == 1 and inputs == outputs else self.shortcut
-            inner = outputs if self.block == "basic" else outputs // 4
-            ratio = max(1, outputs // inputs)
-            pad = (ratio, 0, outputs - ratio * inputs)
-            plan = BlockPlan(inputs, inner, outputs, stride, 1, kind, pad)
-            blocks.append(PlainBlock(plan, self.block, self.preactivation))
-            inputs = outputs
-        return blocks
-
-    def end(self, channels: int) -> list[nn.Module]:
-        """What follows the last block: to features ``[N, channels]``."""
-        norm = [nn.BatchNorm2d(channels), nn.ReLU()] if self.preactivation else []
-        return [*norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-
-
-def assemble(
-    parts: tuple[nn.Module, nn.Module, nn.Module],
-    features: tuple[int, int],
-    config: dict[str, Any],
+def hydranet_resnet50(
+    classes: int = 1000,
     *,
-    gate: str,
-    n_b: int,
+    n_b: int = 50,
+    k: int = 4,
+    w_s: float = 0.5,
+    w_b: float = 0.125,
+    w_g: float = 0.125,
+    d: int = 3,
+    gate: str = "supervised",
+    class_groups: Sequence[int] | None = None,
+    gate_depth: int = 1,
+    in_channels: int = 3,
+    depths: Sequence[int] = (3, 4, 6),
+    input_size: int = 224,
 ) -> HydraNet:
-    """A HydraNet of its plain parts.
+    """A HydraNet of ResNet-50: its last stage is there n_b times, narrower.
+
+    Stem: 7x7 convolution, pooling and stages 1 to 3 of ResNet-50. The paper has no such network:
+    widths and depths are ours.
 
     Args:
-        parts: stem, gate body and one branch.
-        features: what gate body and branch emit.
-        config: the model's; classes, k, class groups, channels and image size are read from it.
-        gate: the gate's mode.
-        n_b: number of branches.
-    """
-    stem, body, template = parts
-    initialise(stem)
-    initialise(body)
-    return HydraNet(
-        stem,
-        HydraGate(body, TopKGate(features[0], n_b, gate)),
-        Branches(template, n_b, init=initialise),
-        Combiner(features[1], config["classes"], n_b),
-        class_group=config["class_groups"],
-        k=config["k"],
-        in_channels=config["in_channels"],
-        input_size=config["input_size"],
-        config=config,
-    )
-
-
-def scaled(channels: int, width: float) -> int:
-    """Channels at a width factor, at least one."""
-    return max(1, round(channels * width))
-
-
-def check_sizes(model: str, **sizes: float) -> None:
-    """Every one of ``sizes`` is positive.
+        classes, n_b, k, gate, class_groups, gate_depth, in_channels, input_size: as in
+            :func:`hydranet_resnet`.
+        w_s, w_b, w_g: width of stem (64 to 1024 channels), branches and gate (2048).
+        d: bottleneck blocks of a branch.
+        depths: bottleneck blocks of stages 1 to 3.
 
     Raises:
-        ValueError: one is not.
+        ValueError: as in :func:`hydranet_resnet`.
+
+    Source: Mullapudi et al., "HydraNets", CVPR 2018, for the form; He et al., "Deep Residual
+    Learning for Image Recognition", CVPR 2016, for the blocks.
     """
-    for name, value in sizes.items():
-        if not value > 0:
-            raise ValueError(f"{model}: {name} must be positive, got {value}")
+    config: dict[str, Any] = {
+        "family": "hydranet_resnet50",
+        "classes": classes,
+        "n_b": n_b,
+        "k": k,
+        "w_s": w_s,
+        "w_b": w_b,
+        "w_g": w_g,
+        "d": d,
+        "gate": gate,
+        "class_groups": class_groups_of(classes, n_b, class_groups),
+        "gate_depth": gate_depth,
+        "in_channels": in_channels,
+        "depths": list(depths),
+        "input_size": input_size,
+    }
+    check_sizes("hydranet_resnet50", classes=classes, n_b=n_b, d=d, gate_depth=gate_depth)
+    check_sizes("hydranet_resnet50", w_s=w_s, w_b=w_b, w_g=w_g, in_channels=in_channels)
+    if len(depths) != 3 or min(depths) < 1:
+        raise ValueError(f"hydranet_resnet50: depths must be 3 positive ints, got {list(depths)}")
+    first = scaled(64, w_s)
+    sizes = [scaled(width, w_s, 4) for width in (256, 512, 1024)]
+    branch, body = scaled(2048, w_b, 4), scaled(2048, w_g, 4)
+    stage = Stages("bottleneck", False, "projection")
+    stem = nn.Sequential(
+        PlainStem(StemPlan(in_channels, first, 7, 2, norm=True, pool=True)),
+        *stage(first, sizes[0], 1, depths[0]),
+        *stage(sizes[0], sizes[1], 2, depths[1]),
+        *stage(sizes[1], sizes[2], 2, depths[2]),
+    )
+    template = nn.Sequential(*stage(sizes[2], branch, 2, d), *stage.end(branch))
+    gate_body = nn.Sequential(*stage(sizes[2], body, 2, gate_depth), *stage.end(body))
+    return assemble((stem, gate_body, template), (body, branch), config)
