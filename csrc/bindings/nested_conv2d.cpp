@@ -72,7 +72,7 @@ void require_image(const char* op, const TensorView& t, std::int64_t channels,
 void check_weight(const char* op, const TensorView& weight, std::int64_t groups) {
   if (weight.ndim != 4) fail(op, "weight must have 4 dimensions [O, I / groups, kh, kw]");
   if (weight.shape[0] % groups != 0) fail(op, "groups must divide the weight's output channels");
-  if (weight.dtype == Dtype::kInt64) fail(op, "weight must be a floating-point tensor");
+  if (!is_floating_point(weight.dtype)) fail(op, "weight must be a floating-point tensor");
   require_on_cpu(op, weight);
 }
 

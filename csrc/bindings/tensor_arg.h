@@ -88,9 +88,10 @@ class TensorArg {
     if (t.code == dlpack::kBfloat && t.bits == 16) return Dtype::kBFloat16;
     if (t.code == dlpack::kFloat && t.bits == 32) return Dtype::kFloat32;
     if (t.code == dlpack::kFloat && t.bits == 64) return Dtype::kFloat64;
+    if (t.code == dlpack::kInt && t.bits == 32) return Dtype::kInt32;
     if (t.code == dlpack::kInt && t.bits == 64) return Dtype::kInt64;
     throw py::type_error(std::string(name) +
-                         " must be float16, bfloat16, float32, float64 or int64");
+                         " must be float16, bfloat16, float32, float64, int32 or int64");
   }
 
   static Device to_device(dlpack::Device d, const char* name) {

@@ -19,6 +19,7 @@ void for_dtype(Dtype dtype, const F& f) {
       return f(float{});
     case Dtype::kFloat64:
       return f(double{});
+    case Dtype::kInt32:
     case Dtype::kInt64:
       return;
   }

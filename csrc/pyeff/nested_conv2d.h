@@ -7,6 +7,7 @@
 //   x [N, i, H, W]   weight [O, I / groups, kh, kw]   bias [O]   y [N, o, H', W']
 // x, y and their gradients are read and written by their strides; the channel stride is 1.
 
+#include "pyeff/conv_window.h"
 #include "pyeff/tensor_view.h"
 
 namespace pyeff {
@@ -16,14 +17,6 @@ struct ChannelSelection {
   std::int64_t lo;            // first channel of the range; unused with an index
   std::int64_t count;         // how many channels
   const std::int64_t* index;  // [count] channel numbers, or null for the range [lo, lo + count)
-};
-
-// Where the kernel lies over the image. Rows and columns outside of it count as zero, so padding
-// at the bottom and the right follows from the size of y.
-struct ConvWindow {
-  std::int64_t stride_h, stride_w;
-  std::int64_t pad_top, pad_left;
-  std::int64_t dilation_h, dilation_w;
 };
 
 struct NestedConv2d {
