@@ -5,7 +5,10 @@ loop over branches or images, nothing waits for the device, and all sizes follow
 every launcher can be captured in a CUDA graph once a first call has compiled its kernels. A route
 that names no branch gives zeros and takes part in no gradient.
 
-Inputs may have any strides; channels innermost is fastest, in the weight ``[B, O, I, kh, kw]`` too.
+Inputs may have any strides; maps are read fastest with their channels innermost. A weight whose
+input channels are not innermost is copied so once a call: each of its values is read for many
+blocks of pixels, and this way by whole cache lines.
+
 Every launcher takes ``tile`` (and ``shares``, the weight gradient's split of the pixels) to
 override the table's choice: for tests and tuning.
 """
@@ -20,6 +23,7 @@ from pyeff.triton_kernels.branch_conv2d_layer import (
     BranchLayer,
     branch_layer,
     empty_maps,
+    inputs_innermost,
     map_strides,
 )
 from pyeff.triton_kernels.nested_conv2d_gemm import nested_conv2d_reduce_kernel
@@ -36,6 +40,7 @@ from pyeff.triton_kernels.tiles import (
 )
 from pyeff.triton_kernels.top_k_routes import Plan, branch_plan
 from torch import Tensor
+from triton import next_power_of_2
 
 _OP = "branch_conv2d"
 _REDUCE_BLOCK = 1024
@@ -97,6 +102,7 @@ def forward(
         plan = branch_plan(index, layer.branches)
     order = None if plan is None else plan.order
     launch = depthwise.launch_forward if layer.depthwise else _forward_gemm
+    weight = inputs_innermost(weight)
     with torch.cuda.device_of(x):
         launch(x, weight, bias, index, order, y, layer, activation == "relu", precision, tile)
     return y
@@ -142,6 +148,7 @@ def grad_input(
     grad_x = empty_maps(x_shape, grad_y)
     if grad_x.numel():
         launch = depthwise.launch_grad_input if layer.depthwise else _grad_input_gemm
+        weight = inputs_innermost(weight)
         with torch.cuda.device_of(grad_y):
             launch(grad_y, weight, index, grad_x, layer, precision, tile)
     return grad_x
@@ -180,8 +187,8 @@ def grad_weight(
             device.
 
     Returns:
-        ``weight_shape`` with the input channels innermost in memory, dtype and device of ``x``.
-        Summed in float32, in a fixed order: deterministic for one device.
+        ``weight_shape``, contiguous, dtype and device of ``x``. Summed in float32, in a fixed
+        order: deterministic for one device.
 
     Raises:
         TypeError: ``x`` is neither float16, bfloat16 nor float32.
@@ -189,7 +196,7 @@ def grad_weight(
     """
     precision = product_precision(_OP, x.dtype, precision)
     layer = branch_layer(weight_shape, index, (stride, padding, dilation), groups)
-    grad = empty_maps(weight_shape, x)
+    grad = torch.empty(tuple(weight_shape), dtype=x.dtype, device=x.device)
     if grad_y.numel() == 0 or x.numel() == 0 or grad.numel() == 0:
         return grad.zero_()
     pixels = layer.pairs * grad_y.shape[-2] * grad_y.shape[-1]
@@ -297,7 +304,7 @@ def _grad_input_gemm(
         *grad_y.stride(), *weight.stride(), H * W * channels, channels,
         *layer.window, stride_h // common_h, stride_w // common_w,
         dil_h // common_h, dil_w // common_w,
-        layer.R, layer.S, precision, tile.rows, tile.cols, tile.depth,
+        layer.R, layer.S, next_power_of_2(terms), precision, tile.rows, tile.cols, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -319,7 +326,7 @@ def _grad_weight_gemm(
     gemm.branch_conv2d_grad_weight_kernel[(grid,)](
         grad_y, x, plan.order, plan.offsets, out,
         shares, P * Q, Q, *x.shape[-2:], layer.C, layer.K, layer.groups, layer.branches, layer.k,
-        *grad_y.stride(), *map_strides(x),
+        *grad_y.stride(), *map_strides(x), out.stride(-3), out.stride(-1),
         *layer.window, layer.R, layer.S, precision, wide, tile.rows, tile.cols, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -350,4 +357,4 @@ def _grad_weight_tile(x: Tensor, precision: str, layer: BranchLayer, per_branch:
     # The taps, and the shares that the pixels can be split into, fill the device too.
     copies = layer.branches * layer.groups * layer.R * layer.S * max(1, per_branch // 256)
     kind = arithmetic(x.dtype, precision)
-    return choose("grad_weight", kind, x.device, layer.K, layer.C, copies)
+    return choose("branch_grad_weight", kind, x.device, layer.K, layer.C, copies)

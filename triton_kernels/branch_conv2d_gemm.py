@@ -6,7 +6,7 @@ Shapes, with B branches, k routes an image and G groups: x ``[N, G * C, H, W]`` 
 ``[N, k, G * C, H, W]``, weight ``[B, G * K, C, R, S]``, y ``[N, k, G * K, P, Q]``; C and K are the
 channels of one group. A pair n * k + j is image n on branch ``index[n, j]``. A block of pixels lies
 inside one pair, so that a program has one base pointer for x and one for the weight; neither is
-ever copied. Inputs are read by their strides, outputs are written with the channels innermost.
+ever copied. Inputs are read by their strides, maps are written with the channels innermost.
 
 A route that names no branch counts as a branch of zeros: nothing is read, zeros are written.
 Sums are float32. No atomics: a program owns what it writes, so results repeat bit for bit.
@@ -19,11 +19,16 @@ from pyeff.triton_kernels.nested_conv2d_gemm import first_tap
 
 
 @triton.jit
+def existing_branch(route, branches):
+    """The branch that a route names, and whether there is such a branch."""
+    exists = (route >= 0) & (route < branches)
+    return tl.where(exists, route, 0).to(tl.int64), exists
+
+
+@triton.jit
 def branch_of(index, pair, branches):
     """The branch of a pair, and whether there is such a branch."""
-    branch = tl.load(index + pair)
-    exists = (branch >= 0) & (branch < branches)
-    return tl.where(exists, branch, 0).to(tl.int64), exists
+    return existing_branch(tl.load(index + pair), branches)
 
 
 @triton.jit
@@ -150,7 +155,7 @@ def branch_conv2d_grad_input_kernel(
     y_n, y_j, y_c, y_h, y_w, w_b, w_o, w_i, w_r, w_s, x_slot, x_pixel,
     stride_h, stride_w, pad_top, pad_left, dil_h, dil_w,
     step_h, step_w, jump_h, jump_w,
-    R: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """grad_x[slot,c,h,w] = sum_{j,o,r,s} grad_y[n,j,o,p,q] weight[b,o,c,r,s], b = index[n,j]
@@ -185,12 +190,16 @@ def branch_conv2d_grad_input_kernel(
     y_rows = grad_y + group * K * y_c + p0.to(tl.int64) * y_h + q0.to(tl.int64) * y_w
     w_cols = weight + c.to(tl.int64) * w_i + group * K * w_o
     w_cols = w_cols + first_r.to(tl.int64) * w_r + first_s.to(tl.int64) * w_s
+    # In registers: a load inside of the loop would take stages from the pipeline of the others.
+    t = tl.arange(0, TERMS)
+    routes = tl.load(index + slot * terms + t, mask=t < terms, other=-1)
     depth_blocks = tl.cdiv(K, DEPTH)
     steps = taps_r * taps_s * depth_blocks
     total = tl.zeros((ROWS, COLS), tl.float32)
     for step in range(0, terms * steps):
         pair = slot * terms + step // steps
-        branch, exists = branch_of(index, pair, branches)
+        route = tl.sum(tl.where(t == step // steps, routes, 0), axis=0)
+        branch, exists = existing_branch(route, branches)
         tap = (step % steps) // depth_blocks
         r, s = tap // taps_s, tap % taps_s
         o = (step % depth_blocks) * DEPTH + tl.arange(0, DEPTH)
@@ -250,12 +259,12 @@ def share_of(rows, split, splits, DEPTH: tl.constexpr):
 def branch_conv2d_grad_weight_kernel(
     grad_y, x, order, offsets, out,
     splits, image, Q, H, W, C, K, groups, branches, k,
-    y_n, y_j, y_c, y_h, y_w, x_n, x_j, x_c, x_h, x_w,
+    y_n, y_j, y_c, y_h, y_w, x_n, x_j, x_c, x_h, x_w, out_c, out_tap,
     stride_h, stride_w, pad_top, pad_left, dil_h, dil_w,
     R: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[split,b,o,r,s,c] = sum_{n,j,p,q in split} grad_y[n,j,o,p,q] x[n,j,c,h,w]
+    """out[split,b,o,c,r,s] = sum_{n,j,p,q in split} grad_y[n,j,o,p,q] x[n,j,c,h,w]
 
     over the pairs with index[n,j] = b, with h = p * stride_h + r * dil_h - pad_top, and w likewise;
     outside of the image x is zero.
@@ -311,9 +320,9 @@ def branch_conv2d_grad_weight_kernel(
         total = tl.dot(tl.trans(y_block), x_block, total, input_precision=PRECISION)
 
     slice_of_out = split.to(tl.int64) * branches + branch
-    out_rows = ((slice_of_out * groups + group) * K + o) * (R * S) + tap
+    out_rows = ((slice_of_out * groups + group) * K + o) * (C * R * S) + tap * out_tap
     tl.store(
-        out + (out_rows * C)[:, None] + c[None, :],
+        out + out_rows[:, None] + (c * out_c)[None, :],
         total.to(out.dtype.element_ty),
         mask=(o < K)[:, None] & (c < C)[None, :],
     )

@@ -57,6 +57,13 @@ def empty_maps(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = N
     return maps.movedim(-1, -3)
 
 
+def inputs_innermost(weight: Tensor) -> Tensor:
+    """The stacked weight itself where its input channels lie side by side, else a copy."""
+    if weight.stride(2) == 1 or weight.shape[2] == 1:
+        return weight
+    return empty_maps(weight.shape, weight).copy_(weight)
+
+
 def map_strides(maps: Tensor) -> tuple[int, ...]:
     """Strides (n, j, c, h, w) of ``[N, k, C, H, W]``, or of ``[N, C, H, W]``, where j is 0."""
     if maps.dim() == 5:

@@ -82,7 +82,18 @@ _BRANCH = {
     "tf32": (*_GEMM["tf32"], Tile(16, 64, 32, 4, 4)),
     "ieee": (*_GEMM["ieee"], Tile(16, 32, 16, 4, 2)),
 }
-_TASKS = {"gemm": _GEMM, "gather": _GATHER, "grad_weight": _GRAD_WEIGHT, "branch": _BRANCH}
+# Which rows are loaded is loaded itself: half of the stages are for that.
+_BRANCH_GRAD_WEIGHT = {
+    kind: tuple(t._replace(stages=5 if kind != "ieee" else t.stages) for t in rows)
+    for kind, rows in _GRAD_WEIGHT.items()
+}
+_TASKS = {
+    "gemm": _GEMM,
+    "gather": _GATHER,
+    "grad_weight": _GRAD_WEIGHT,
+    "branch": _BRANCH,
+    "branch_grad_weight": _BRANCH_GRAD_WEIGHT,
+}
 TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     (task, architecture): rows for task, rows in _TASKS.items() for architecture in (80, 90, 100)
 }
@@ -121,9 +132,12 @@ def device_limits(device: torch.device) -> Limits:
     return Limits(architecture, properties.multi_processor_count, shared, properties.L2_cache_size)
 
 
-def shared_bytes(tile: Tile, kind: str) -> int:
+def shared_bytes(tile: Tile, kind: str, task: str = "gemm") -> int:
     """Bytes of shared memory that the pipelined blocks of both operands take."""
-    return (tile.rows + tile.cols) * tile.depth * tile.stages * (2 if kind == "half" else 4)
+    blocks = tile.stages
+    if task == "branch_grad_weight":
+        blocks = max(2, (tile.stages + 1) // 2)
+    return (tile.rows + tile.cols) * tile.depth * blocks * (2 if kind == "half" else 4)
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -170,7 +184,8 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
 
     Args:
         task: ``"gemm"`` (forward and input gradient), ``"gather"`` (the same with channel
-            numbers), ``"branch"`` (the same image by image) or ``"grad_weight"``.
+            numbers), ``"branch"`` (the same image by image), ``"grad_weight"`` or
+            ``"branch_grad_weight"``.
         kind: See :func:`arithmetic`.
         device: Where it runs.
         rows: Rows of the result.
@@ -184,7 +199,7 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
     for tile in candidates:
         programs = -(-rows // tile.rows) * -(-cols // tile.cols) * groups
         fills = programs >= limits.processors and tile.cols < 2 * cols and tile.rows < 2 * rows
-        if fills and shared_bytes(tile, kind) <= limits.shared:
+        if fills and shared_bytes(tile, kind, task) <= limits.shared:
             return tile
     return candidates[-1]
 

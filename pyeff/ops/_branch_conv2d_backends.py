@@ -43,7 +43,7 @@ def forward(
         packed = None if recording else packed_weight(weight, conv.groups)
         return cpp_forward(_cpp(x, weight, index, conv), x, weight, packed, bias, index)
     if name == "triton":
-        return _triton().forward(x, weight, bias, index, *conv)
+        return _triton().forward(channels_innermost(x), weight, bias, index, *conv)
     _refuse_cuda(name)
     if name == "reference":
         return by_reference(x, weight, bias, index, conv)
@@ -73,7 +73,7 @@ def grad_input(
         )
         return grad_x
     if name == "triton":
-        return _triton().grad_input(grad_y, weight, shape, index, *conv)
+        return _triton().grad_input(channels_innermost(grad_y), weight, shape, index, *conv)
     _refuse_cuda(name)
     return aten.grad_input(grad_y, weight, index, shape, conv)
 
@@ -105,9 +105,12 @@ def grad_weight(
         return result, grad_bias
     if name == "triton":
         kernels = _triton()
-        result = kernels.grad_weight(grad_y, x, size, index, *conv)
-        bias = kernels.grad_bias(grad_y, index, size[0]) if with_bias else x.new_empty(0)
-        return result, bias
+        plan = kernels.branch_plan(index, size[0])
+        grad_y, x = channels_innermost(grad_y), channels_innermost(x)
+        result = kernels.grad_weight(grad_y, x, size, index, *conv, plan=plan)
+        if not with_bias:
+            return result, x.new_empty(0)
+        return result, kernels.grad_bias(grad_y, index, size[0], plan=plan)
     _refuse_cuda(name)
     bias = bias_gradient(grad_y, index, size[0]) if with_bias else x.new_empty(0)
     return aten.grad_weight(grad_y, x, index, size, conv), bias
