@@ -115,7 +115,8 @@ class BranchBatchNorm2d(nn.Module):
         """
         index = routes.index if isinstance(routes, Routes) else routes
         self._check(x, index)
-        index = kernel_index("BranchBatchNorm2d", index, self.branches)
+        if not torch.compiler.is_compiling():
+            index = kernel_index("BranchBatchNorm2d", index, self.branches)
         n, k = index.shape
         if x.dim() == 4:
             x = x.unsqueeze(1).expand(n, k, *x.shape[1:])
@@ -185,11 +186,12 @@ class BranchBatchNorm2d(nn.Module):
         """Moves the running statistics of the branches with at least two values."""
         if not self.track_running_stats:
             return
-        known, dtype = count >= 2, self.running_mean.dtype
-        self.num_batches_tracked += known
+        dtype = self.running_mean.dtype
+        known = (count >= 2).to(dtype)
+        self.num_batches_tracked += known.to(torch.int64)
         batches = self.num_batches_tracked.clamp_min(1)
         factor = known * self.momentum if self.momentum is not None else known / batches
-        factor = factor.unsqueeze(1).to(dtype)
+        factor = factor.unsqueeze(1)
         unbiased = var * (count / (count - 1).clamp_min(1)).unsqueeze(1)
         self.running_mean.lerp_(mean.to(dtype), factor)
         self.running_var.lerp_(unbiased.to(dtype), factor)

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +109,10 @@ def stacked(module: nn.Module, n: int) -> nn.Module | None:
 
     A layer without parameters stands for itself.
     """
-    if type(module) in PLAIN_MODULES:
-        return module
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+    kind = stacked_kind(module)
+    if kind != "layer":
+        return module if kind == "module" else None
+    if isinstance(module, nn.Conv2d):
         return BranchConv2d(
             module.in_channels,
             module.out_channels,
@@ -125,7 +126,7 @@ def stacked(module: nn.Module, n: int) -> nn.Module | None:
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear):
         return BranchLinear(
             module.in_features,
             module.out_features,
@@ -134,9 +135,7 @@ def stacked(module: nn.Module, n: int) -> nn.Module | None:
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-    if type(module) in (nn.BatchNorm2d, SynchronisedBatchNorm2d):
-        return _stacked_norm(module, n)  # type: ignore[arg-type]  # narrowed by type() above
-    return None
+    return _stacked_norm(cast(nn.BatchNorm2d, module), n)
 
 
 def _stacked_norm(module: nn.BatchNorm2d, n: int) -> BranchBatchNorm2d:
@@ -185,9 +184,10 @@ def stacked_kind(module: nn.Module) -> str | None:
     """``"layer"`` for what has a stacked form, ``"module"`` for what needs none, else None."""
     if type(module) in PLAIN_MODULES:
         return "module"
-    if type(module) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, SynchronisedBatchNorm2d):
-        return "layer"
-    return None
+    if type(module) is nn.Conv2d:
+        return "layer" if module.padding_mode == "zeros" else None
+    known = type(module) in (nn.Linear, nn.BatchNorm2d, SynchronisedBatchNorm2d)
+    return "layer" if known else None
 
 
 def trace(template: nn.Module) -> Trace:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from pyeff.nn.batch_statistics import is_distributed, synchronised_batch_norm
+from pyeff.nn.branch_batch_norm2d import BranchBatchNorm2d
 from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
 
 
@@ -43,7 +44,7 @@ def synchronise_batch_norm(
 ) -> nn.Module:
     """Makes every batch norm in ``model`` use the batch statistics of all processes in training.
 
-    ``NestedBatchNorm2d`` is told to; ``nn.BatchNorm2d`` is replaced by
+    ``NestedBatchNorm2d`` and ``BranchBatchNorm2d`` are told to; ``nn.BatchNorm2d`` is replaced by
     :class:`SynchronisedBatchNorm2d` (same parameters and buffers). Without an initialised process
     group, or in eval mode, nothing changes. Parameters stay the same tensors, so an optimiser may
     exist already.
@@ -55,7 +56,7 @@ def synchronise_batch_norm(
     Returns:
         ``model``, or its replacement where ``model`` itself is an ``nn.BatchNorm2d``.
     """
-    if isinstance(model, NestedBatchNorm2d):
+    if isinstance(model, NestedBatchNorm2d | BranchBatchNorm2d):
         model.synchronised, model.process_group = True, process_group
         return model
     if isinstance(model, SynchronisedBatchNorm2d):
