@@ -7,13 +7,10 @@ Everything is channels_last, with bias; cuDNN picks its algorithm by measuring.
 Every candidate is compared with float64 before it is timed.
 """
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +19,12 @@ from torch import Tensor
 import pyeff
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu_rows import DTYPES, run_benchmark, verify, with_gradients
 from gpu_timing import Timer, captured
-from timing import write_text
 
 SHAPES = ((256, 14), (128, 28), (64, 56))  # channels, pixels: stages of a residual network
 LEVELS = (0.25, 0.5, 1.0)
 BATCHES = (8, 1, 32)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
-# Largest error against float64, relative to the largest value.
-TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3}
 
 Candidate = Callable[[], object]
 
@@ -124,17 +118,6 @@ def cached_slice(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: F.conv2d(inputs.x, part, bias, padding=1)
 
 
-def with_gradients(forward: Callable[[], Tensor], inputs: Inputs) -> Callable[[], list[Tensor]]:
-    """Forward, then the gradients of x, weight and bias."""
-    leaves = [inputs.x, inputs.weight, inputs.bias]
-
-    def call() -> list[Tensor]:
-        y = forward()
-        return [y, *torch.autograd.grad(y, leaves, inputs.grad_y)]
-
-    return call
-
-
 def eager_candidates(problem: Problem, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """The candidates that need no capture and no compiler."""
     if not problem.training:
@@ -174,15 +157,6 @@ def expected_results(problem: Problem, inputs: Inputs) -> list[Tensor]:
     return [sliced(problem, wide)()]
 
 
-def verify(problem: Problem, name: str, got: Any, expected: list[Tensor]) -> None:
-    """Raises RuntimeError where a candidate computes something else."""
-    results = got if isinstance(got, list) else [got]
-    for index, (actual, right) in enumerate(zip(results, expected, strict=True)):
-        error = ((actual.double() - right).abs().max() / right.abs().max()).item()
-        if not error <= TOLERANCE[problem.dtype]:
-            raise RuntimeError(f"{name} is wrong on {problem}: result {index}, error {error:.2e}")
-
-
 def measure(problem: Problem, timer: Timer) -> dict[str, object]:
     """One row: what was asked and the times of every candidate."""
     inputs = make_inputs(problem, "cuda")
@@ -208,39 +182,5 @@ def measure(problem: Problem, timer: Timer) -> dict[str, object]:
     }
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """TFLOP/s of a large matrix product: what this device gives at most, in practice."""
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    times = Timer(rounds=7, warmup_s=0.2).measure({"matmul": lambda: a @ b})
-    return 2.0 * size**3 / times["matmul"].cold / 1e9
-
-
-def main() -> None:
-    """Measures for at most ``--seconds`` and keeps the file up to date after every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="the file to write")
-    parser.add_argument("--seconds", type=float, default=150.0, help="stop after this long")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("gpu_nested_conv2d: needs a CUDA device, and torch sees none")
-    end = time.monotonic() + options.seconds
-    torch.backends.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
-    missed: list[dict[str, object]] = []
-    rates = {name: matmul_rate(dtype) for name, dtype in DTYPES.items()}
-    result: dict[str, object] = {"matmul_tflop_per_s": rates, "rows": rows, "not_measured": missed}
-    timer = Timer()
-    for problem in problems():
-        if time.monotonic() >= end:
-            missed.append(problem._asdict())
-            continue
-        rows.append(measure(problem, timer))
-        write_text(options.json, json.dumps(result, indent=1))
-    write_text(options.json, json.dumps(result, indent=1))
-    print(f"{len(rows)} rows measured, {len(missed)} left for lack of time")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("gpu_nested_conv2d", __doc__, problems(), measure)

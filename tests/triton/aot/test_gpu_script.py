@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "ops")]
 gpu = importlib.import_module("gpu")
 bench = importlib.import_module("gpu_nested_conv2d")
+branch_bench = importlib.import_module("gpu_branch_conv2d")
 
 pytestmark = pytest.mark.aot
 
@@ -74,54 +75,86 @@ def report(results):
 
 
 def test_the_page_without_results_names_the_failed_stage():
-    page = gpu.markdown(report(None))
+    page = gpu.markdown(report({}))
     assert "| tests | FAILED | 12 |" in page
     assert "dtype" not in page
 
 
-def test_the_page_has_one_line_a_row_and_says_what_is_not_measured():
-    first, second = list(bench.problems())[:2]
+def page_of(module, name):
+    """The page for one measured row and one that was missed, and that row's line."""
+    first, second = list(module.problems())[:2]
     row = {
         **first._asdict(),
+        "layer": module.LAYERS[0]._asdict() if name == "branch_conv2d" else None,
         "times_ms": {"ours": TIMES, "ours, graph": TIMES},
         "ratio_to_strongest": 1.5,
         "ratio_graphs": 2.5,
         "tflop_per_s": 7.0,
     }
     rates = {"matmul_tflop_per_s": {"bf16": 700.0}, "not_measured": [second._asdict()]}
-    page = gpu.markdown(report({**rates, "rows": [row]}))
-    (line,) = [line for line in page.splitlines() if line.startswith("| 256 |")]
-    assert "0.0125 (0.0300)" in line
-    assert line.count("| -") == len(gpu.CANDIDATES) - 2
+    page = gpu.markdown(report({name: {**rates, "rows": [row]}}))
+    (line,) = [line for line in page.splitlines() if "0.0125 (0.0300)" in line]
+    return page, line
+
+
+@pytest.mark.parametrize("module", [bench, branch_bench], ids=["nested", "branch"])
+def test_the_page_has_one_line_a_row_and_says_what_is_not_measured(module):
+    name = module.__name__.removeprefix("gpu_")
+    page, line = page_of(module, name)
+    assert line.count("| -") == len(gpu.CANDIDATES[name]) - 2
     assert line.endswith("| 1.50 | 2.50 | 7 |")
+    heading = next(text for text in page.splitlines() if "x strongest" in text)
+    assert line.count("|") == heading.count("|")
+    assert line.startswith(
+        "| 256 |" if name == "nested_conv2d" else "| first, strided | 32 -> 64 |"
+    )
     assert "1 rows were not measured" in page
 
 
 SMALL = [bench.Problem(8, 5, 0.5, 2, "tf32", training) for training in (False, True)]
+SMALL += [
+    branch_bench.Problem(layer, 6, 3, "tf32", training)
+    for layer in (
+        branch_bench.Layer("first", 4, 6, 6, 3, 2, True),
+        branch_bench.Layer("later", 5, 3, 4, 3, 1, False),
+    )
+    for training in (False, True)
+]
 
 
-@pytest.mark.parametrize("problem", SMALL, ids=lambda p: "training" if p.training else "forward")
+def module_of(problem):
+    return bench if isinstance(problem, bench.Problem) else branch_bench
+
+
+def described(problem):
+    kind = "nested" if module_of(problem) is bench else problem.layer.name
+    return f"{kind}-{'training' if problem.training else 'forward'}"
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=described)
 def test_every_candidate_computes_the_same(problem):
-    inputs = bench.make_inputs(problem, "cpu")
-    expected = bench.expected_results(problem, inputs)
-    candidates = bench.eager_candidates(problem, inputs)
+    module = module_of(problem)
+    inputs = module.make_inputs(problem, "cpu")
+    expected = module.expected_results(problem, inputs)
+    candidates = module.eager_candidates(problem, inputs)
     assert len(expected) == (4 if problem.training else 1)
     for name, call in candidates.items():
-        bench.verify(problem, name, call(), expected)
+        module.verify(problem, name, call(), expected)
 
 
-@pytest.mark.parametrize("problem", SMALL, ids=lambda p: "training" if p.training else "forward")
+@pytest.mark.parametrize("problem", SMALL, ids=described)
 def test_verification_refuses_a_wrong_candidate(problem):
-    inputs = bench.make_inputs(problem, "cpu")
-    expected = bench.expected_results(problem, inputs)
-    wrong = bench.eager_candidates(problem, inputs)["sliced"]()
+    module = module_of(problem)
+    inputs = module.make_inputs(problem, "cpu")
+    expected = module.expected_results(problem, inputs)
+    wrong = list(module.eager_candidates(problem, inputs).values())[1]()
     results = wrong if isinstance(wrong, list) else [wrong]
     results[-1] = results[-1] * 1.01
     with pytest.raises(RuntimeError, match="broken is wrong on"):
-        bench.verify(problem, "broken", results, expected)
+        module.verify(problem, "broken", results, expected)
     results[-1] = torch.full_like(results[-1], float("nan"))
     with pytest.raises(RuntimeError, match="broken is wrong on"):
-        bench.verify(problem, "broken", results, expected)
+        module.verify(problem, "broken", results, expected)
 
 
 def test_problems_are_those_of_the_plan():
@@ -131,3 +164,15 @@ def test_problems_are_those_of_the_plan():
     one = bench.Problem(64, 56, 0.5, 2, "fp16", False)
     assert one.flop == 2 * (2 * 56 * 56) * 32 * 32 * 9
     assert one._replace(training=True).flop == 3 * one.flop
+    every = list(branch_bench.problems())
+    assert len(set(every)) == len(every) == 3 * 2 * 3 * 2 * len(branch_bench.LAYERS)
+    one = branch_bench.Problem(branch_bench.LAYERS[0], 20, 2, "fp16", False)
+    assert one.flop == 2 * (2 * 4 * 8 * 8) * 32 * 64 * 9
+    assert one._replace(training=True).flop == 3 * one.flop
+
+
+def test_every_operator_has_a_script_a_table_and_a_time():
+    for name in gpu.CANDIDATES:
+        assert (BENCHMARKS / "ops" / f"gpu_{name}.py").exists()
+        assert gpu.LIMITS[name] > 60
+        assert gpu.PROBLEM[name]
