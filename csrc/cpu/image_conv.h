@@ -25,6 +25,8 @@ struct Panel {
 
 // With the panel in use this fits a second-level cache of 1 MB.
 constexpr Index kBandBytes = 384 * 1024;
+// What is left of it for weights that are read again and again.
+constexpr Index kWeightBytes = 640 * 1024;
 
 // `Panels` makes the Panel of a number in [0, count()); `gathers` says that making one is work,
 // so that it is made once and used for all images.
@@ -277,13 +279,18 @@ class ImageConv {
   }
 
   // Splitting rows keeps the input apart, splitting panels the weights: the larger of the two
-  // should be read once. Gathered panels are made by one thread each, where they suffice.
+  // should be read once. Weights that every thread can keep in its own cache are no reason to copy
+  // the whole band in every thread, unless the rows are few and odd. Gathered panels are made by
+  // one thread each, where they suffice.
   bool splits_by_panel(int threads) const {
-    const Index count = panels_.count();
-    if (threads == 1 || count < threads) return false;
-    const bool even = count % threads == 0 || count >= 4 * threads;
-    if (Panels::gathers) return even;
-    return even && source_.n < threads && panels_.weights_outweigh(source_.rows * source_.cols);
+    const Index count = panels_.count(), rows = dest_.n * rows_;
+    if (threads == 1 || count < threads || !splits_evenly(count, threads)) return false;
+    if (Panels::gathers) return true;
+    return source_.n < threads && panels_.weights_outweigh(source_.rows * source_.cols) &&
+           (panels_.weight_bytes() > kWeightBytes || !splits_evenly(rows, threads));
+  }
+  static bool splits_evenly(Index count, int threads) {
+    return count % threads == 0 || count >= 4 * threads;
   }
 
   Image<const T> source_;
