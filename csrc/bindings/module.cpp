@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 
 namespace pyeff::bindings {
+void bind_call_key(pybind11::module_& m);
 void bind_info(pybind11::module_& m);
 void bind_nested_conv2d(pybind11::module_& m);
 }  // namespace pyeff::bindings
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "pyeff native kernels. Use pyeff.ops, not this module.";
+  pyeff::bindings::bind_call_key(m);
   pyeff::bindings::bind_info(m);
   pyeff::bindings::bind_nested_conv2d(m);
 }

@@ -20,11 +20,13 @@ def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
     None for inference tensors (they carry no version), for a weight seen for the first time, and
     where a gradient to the weight is being recorded, since the weight is about to change then.
     """
-    if weight.is_inference() or (weight.requires_grad and torch.is_grad_enabled()):
+    if weight.requires_grad and torch.is_grad_enabled():
         return None
     known = _packed.get(weight)
     if isinstance(known, Tensor):
         return known
+    if weight.is_inference():
+        return None
     if known is None:
         _packed.put(weight, True)
         return None
