@@ -3,6 +3,7 @@
 // of some rows in the accumulator's type, with the zeros that the kernel reads around them.
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/vec.h"
@@ -84,6 +85,39 @@ struct Band {
   Index row_stride, col_stride;
 };
 
+// Fetches the pixels of some rows a few at a time, spread over the work that goes on meanwhile. One
+// line of a pixel is enough: the hardware fetches the lines that follow it.
+template <typename T>
+class Prefetch {
+ public:
+  void start(const Image<const T>& image, Index n, Index row, Index rows, Index steps) {
+    at_ = image.data + n * image.n_stride + row * image.row_stride;
+    rows_ = rows;
+    cols_ = image.cols;
+    col_ = 0;
+    row_stride_ = image.row_stride;
+    col_stride_ = image.col_stride;
+    per_step_ = ceil_div(rows * cols_, larger(steps, 1));
+  }
+  void stop() { rows_ = 0; }
+
+  void step() {
+    for (Index i = 0; i < per_step_ && rows_ > 0; ++i) {
+      prefetch(at_ + col_ * col_stride_);
+      if (++col_ == cols_) {
+        col_ = 0;
+        at_ += row_stride_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  const T* at_ = nullptr;
+  Index rows_ = 0, cols_ = 0, col_ = 0;
+  Index row_stride_ = 0, col_stride_ = 0, per_step_ = 0;
+};
+
 template <typename T, typename A>
 inline void widen_row(const T* from, A* to, Index count) {
   for (Index i = 0; i < count; ++i) to[i] = widen(from[i]);
@@ -103,6 +137,18 @@ template <typename A>
 inline Index band_pixel(Index channels, Index step_w) {
   constexpr Index kApart = 64 / static_cast<Index>(sizeof(A));
   return collides<A>(channels * step_w) ? channels + kApart : channels;
+}
+
+template <typename T, typename A>
+inline void widen_pixels(const T* from, Index from_stride, A* to, Index to_stride, Index count,
+                         Index channels) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (channels == kLanes<A>) {  // a call of memcpy would cost as much as the copy
+      for (Index c = 0; c < count; ++c) store(to + c * to_stride, load(from + c * from_stride));
+      return;
+    }
+  }
+  for (Index c = 0; c < count; ++c) widen_row(from + c * from_stride, to + c * to_stride, channels);
 }
 
 // Copies `channels` channels from `channel` on of image n, rows [row, row + rows) and columns
@@ -125,9 +171,7 @@ void copy_band(const Image<const T>& image, Index n, Index row, Index rows, Inde
     if (dense) {
       widen_row(from, to + first * pixel, (last - first) * channels);
     } else {
-      for (Index c = first; c < last; ++c, from += image.col_stride) {
-        widen_row(from, to + c * pixel, channels);
-      }
+      widen_pixels(from, image.col_stride, to + first * pixel, pixel, last - first, channels);
     }
     std::memset(to + last * pixel, 0, static_cast<std::size_t>((cols - last) * pixel) * sizeof(A));
   }

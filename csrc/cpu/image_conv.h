@@ -25,6 +25,8 @@ struct Panel {
 
 // With the panel in use this fits a second-level cache of 1 MB.
 constexpr Index kBandBytes = 384 * 1024;
+// What is left of it for weights that are read again and again.
+constexpr Index kWeightBytes = 640 * 1024;
 
 // `Panels` makes the Panel of a number in [0, count()); `gathers` says that making one is work,
 // so that it is made once and used for all images.
@@ -76,8 +78,11 @@ class ImageConv {
         const Index n = r / conv_.rows_, q = r % conv_.rows_;
         const Index rows = smaller(smaller(conv_.rows_ - q, cells.end - r), conv_.band_cells_);
         const Band<A> band = conv_.in_place_ ? conv_.band_in_place(n, q) : copied_band(n, q, rows);
-        for (Index j = panels.begin; j < panels.end; ++j) run_panel(band, n, q, rows, panel(j));
         r += rows;
+        if (Tile::kPrefetches) {
+          prefetch_band(r, cells.end, (panels.end - panels.begin) * rows * conv_.row_tiles());
+        }
+        for (Index j = panels.begin; j < panels.end; ++j) run_panel(band, n, q, rows, panel(j));
       }
     }
 
@@ -105,6 +110,18 @@ class ImageConv {
         band_rows_ = rows;
       }
       return {data, cols * pixel, pixel};
+    }
+
+    // While the present band is computed in `tiles` tiles, the next one is brought near: read all
+    // at once by copied_band, it would come at the latency of the memory.
+    void prefetch_band(Index r, Index end, Index tiles) {
+      next_.stop();
+      if (conv_.in_place_ || r == end) return;
+      const Index n = r / conv_.rows_, q = r % conv_.rows_;
+      const Index rows = smaller(smaller(conv_.rows_ - q, end - r), conv_.band_cells_);
+      const Index first = larger(q * conv_.plan_.step_h + conv_.plan_.dy_min, 0);
+      const Index height = smaller(conv_.plan_.band_rows(rows), conv_.source_.rows - first);
+      if (height > 0) next_.start(conv_.source_, n, first, height, tiles);
     }
 
     void run_panel(const Band<A>& band, Index n, Index q, Index rows, const Panel<A>& panel) {
@@ -178,6 +195,7 @@ class ImageConv {
         } else {
           call.out = cells_;
         }
+        if (Tile::kPrefetches) next_.step();
         run_tile<Tile>(pixels, vecs, call);
         if (!direct) store_lanes(panel, lane, lanes, pixels, tile_out, dest_pixel);
       }
@@ -197,6 +215,7 @@ class ImageConv {
     A* cells_;  // a tile's results before they are masked or narrowed, then one panel's init
     Panel<A> panel_{};
     Index panel_number_ = -1;
+    Prefetch<T> next_;
     Index band_n_ = -1, band_q_ = -1, band_rows_ = -1;
   };
 
@@ -207,6 +226,8 @@ class ImageConv {
     if (!flat_) return phase.cols;
     return row == rows_ - 1 ? flat_last_cols_ : cols_;
   }
+
+  Index row_tiles() const { return ceil_div(cols_, kTilePixels); }
 
   // True where no tile reads outside of the image and nothing has to be converted.
   bool reads_in_place() {
@@ -258,13 +279,18 @@ class ImageConv {
   }
 
   // Splitting rows keeps the input apart, splitting panels the weights: the larger of the two
-  // should be read once. Gathered panels are made by one thread each, where they suffice.
+  // should be read once. Weights that every thread can keep in its own cache are no reason to copy
+  // the whole band in every thread, unless the rows are few and odd. Gathered panels are made by
+  // one thread each, where they suffice.
   bool splits_by_panel(int threads) const {
-    const Index count = panels_.count();
-    if (threads == 1 || count < threads) return false;
-    const bool even = count % threads == 0 || count >= 4 * threads;
-    if (Panels::gathers) return even;
-    return even && source_.n < threads && panels_.weights_outweigh(source_.rows * source_.cols);
+    const Index count = panels_.count(), rows = dest_.n * rows_;
+    if (threads == 1 || count < threads || !splits_evenly(count, threads)) return false;
+    if (Panels::gathers) return true;
+    return source_.n < threads && panels_.weights_outweigh(source_.rows * source_.cols) &&
+           (panels_.weight_bytes() > kWeightBytes || !splits_evenly(rows, threads));
+  }
+  static bool splits_evenly(Index count, int threads) {
+    return count % threads == 0 || count >= 4 * threads;
   }
 
   Image<const T> source_;

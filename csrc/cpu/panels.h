@@ -82,6 +82,9 @@ class PanelsBase {
   double multiply_adds_per_pixel() const {
     return double(weight_.taps() * rows_.count) * double(lanes_.count * lanes_.groups);
   }
+  Index weight_bytes() const {
+    return weight_.taps() * rows_.count * lanes_.count * lanes_.groups * Index{sizeof(A)};
+  }
   bool weights_outweigh(Index source_pixels) const {
     return weight_.taps() * lanes_.count > source_pixels;
   }

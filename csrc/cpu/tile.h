@@ -50,28 +50,61 @@ inline void end_tile(const TileCall<A>& call, const Vec<A> (&acc)[P][Z]) {
   }
 }
 
+// Pointers to every kRowGroup-th of the P rows. Rows of a group lie at the same few distances from
+// their pointer; from one pointer for all, each row's distance would need a register of its own.
+constexpr int kRowGroup = 5;
+template <typename A, int P>
+struct RowPointers {
+  static constexpr int kGroups = (P + kRowGroup - 1) / kRowGroup;
+  const A* group[kGroups];
+
+  RowPointers(const A* first, Index row_stride) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      group[g] = first + g * kRowGroup * row_stride;
+      asm volatile("" : "+r"(group[g]));  // or GCC finds the way back to one pointer
+    }
+  }
+  A at(int row, Index row_stride) const {
+    return group[row / kRowGroup][row % kRowGroup * row_stride];
+  }
+  void advance(Index step) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) group[g] += step;
+  }
+};
+
 struct DenseTile {
   static constexpr bool kMergesTaps = true, kReadsInPlace = true, kLanesAreChannels = false;
+  static constexpr bool kPrefetches = true;
 
   template <typename A, int P, int Z>
   static void run(const TileCall<A>& call) {
     Vec<A> acc[P][Z];
     begin_tile<A, P, Z>(call, acc);
     const Index a_pixel = call.a_pixel, a_step = call.a_step, b_step = call.b_step;
+    // The lines that end_tile writes are fetched before, a few with every tap: all at once they
+    // would fill the queue of outstanding misses. What is added to has been read already.
+    const Index fetched = call.init != nullptr ? ceil_div(P, larger(call.tap_count, 1)) : 0;
+    const A* out = call.out;
     for (Index t = 0; t < call.tap_count; ++t) {
-      const A* a = call.taps[t].a + call.a_offset;
+      RowPointers<A, P> a(call.taps[t].a + call.a_offset, a_pixel);
       const A* b = call.taps[t].b + call.b_offset;
+      for (Index i = 0; i < fetched; ++i, out += call.out_pixel) {
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) prefetch_to_write(out + z * kLanes<A>);
+      }
       for (Index k = call.taps[t].k; k > 0; --k) {
         Vec<A> weight[Z];
 #pragma GCC unroll 4
         for (int z = 0; z < Z; ++z) weight[z] = load(b + z * kLanes<A>);
 #pragma GCC unroll 32
         for (int p = 0; p < P; ++p) {
-          const A pixel = a[p * a_pixel];
+          const A pixel = a.at(p, a_pixel);
 #pragma GCC unroll 4
           for (int z = 0; z < Z; ++z) acc[p][z] += pixel * weight[z];
         }
-        a += a_step;
+        a.advance(a_step);
         b += b_step;
       }
     }
@@ -82,6 +115,7 @@ struct DenseTile {
 struct DepthwiseTile {
   // Whole vectors of channels are read, some past the end of a pixel.
   static constexpr bool kMergesTaps = false, kReadsInPlace = false, kLanesAreChannels = true;
+  static constexpr bool kPrefetches = false;  // too little work to hide it behind
 
   template <typename A, int P, int Z>
   static void run(const TileCall<A>& call) {

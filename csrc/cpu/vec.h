@@ -44,6 +44,17 @@ inline void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename VecOf<A>::unaligned*>(p) = v;
 }
 
+// Fetches the line of `p`. GCC takes a loop of nothing but prefetches for an empty one and removes
+// it; the empty asm statement keeps it.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p);
+  asm volatile("");
+}
+inline void prefetch_to_write(const void* p) {
+  __builtin_prefetch(p, 1);
+  asm volatile("");
+}
+
 inline Index smaller(Index a, Index b) { return a < b ? a : b; }
 inline Index larger(Index a, Index b) { return a > b ? a : b; }
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }

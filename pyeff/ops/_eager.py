@@ -6,6 +6,14 @@ from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# Bound once: looking a name up through torch's modules at every call costs as much as the function.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state
+
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True in ordinary eager mode on ordinary CPU or CUDA tensors.
@@ -15,16 +23,16 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     The whole test costs about a microsecond; the dispatcher's Python route costs four to ten.
     """
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(x) not in _PLAIN
         or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
         or not (x.is_cpu or x.is_cuda)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_level() is not None
+        or _autocast()
+        or _tracing() is not None
         or forward_ad._current_level >= 0
     )
 

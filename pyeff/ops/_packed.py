@@ -38,16 +38,17 @@ def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
         weight: [O, I / groups, kh, kw]; of branches [B, O, I / groups, kh, kw] or [B, O, I].
         groups: Of the convolution.
     """
-    if weight.is_inference() or (weight.requires_grad and torch.is_grad_enabled()):
+    if weight.requires_grad and torch.is_grad_enabled():
         return None
     known = _packed.get(weight)
-    if known is None or known.groups != groups:
+    if known is not None and known.groups == groups:
+        if known.copy is None:
+            known = _Packed(groups, _pack(weight, groups))
+            _packed.put(weight, known)
+        return known.copy
+    if not weight.is_inference():
         _packed.put(weight, _Packed(groups, None))
-        return None
-    if known.copy is None:
-        known = _Packed(groups, _pack(weight, groups))
-        _packed.put(weight, known)
-    return known.copy
+    return None
 
 
 def _pack(weight: Tensor, groups: int) -> Tensor:

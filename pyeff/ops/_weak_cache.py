@@ -30,14 +30,12 @@ class WeakTensorCache(Generic[T]):
     def get(self, tensor: Tensor) -> T | None:
         """The value for ``tensor`` as it is now, or None."""
         entry = self._entries.get(id(tensor))
-        if (
-            entry is None
-            or entry.tensor() is not tensor
-            or entry.pointer != tensor.data_ptr()
-            or entry.version != tensor._version
-        ):
+        if entry is None:
             return None
-        return entry.value
+        reference, pointer, version, value = entry
+        if reference() is not tensor or pointer != tensor.data_ptr() or version != tensor._version:
+            return None
+        return value
 
     def put(self, tensor: Tensor, value: T) -> None:
         """Keeps ``value`` for ``tensor``; ``value`` must not refer to ``tensor``."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyeff._C import call_key
 from pyeff.ops import _nested_conv2d_backends as backends
 from pyeff.ops._conv_args import Pair, padding_sides, pair
 from pyeff.ops._dispatch import choose, forced_backend
@@ -122,21 +123,12 @@ def _known_plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
 
     The key holds everything that the checks and the choice of a backend depend on.
     """
-    key = (
-        x.shape,
-        x.dtype,
-        x.device,
-        weight.shape,
-        weight.dtype,
-        weight.device,
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
-        options,
-        torch.get_num_threads(),
-        forced_backend(),
-    )
     try:
+        key = (call_key(x, weight, bias), options, torch.get_num_threads(), forced_backend())
         plan = _plans.get(key)
-    except TypeError:  # a list where a tuple was meant; the checks accept it or say what is wrong
+    except (TypeError, ValueError, RuntimeError):
+        # Tensors that no kernel takes, or a list instead of a tuple: the checks accept it or say
+        # what is wrong.
         return _make_plan(x, weight, bias, *options)
     if plan is None:
         plan = _make_plan(x, weight, bias, *options)

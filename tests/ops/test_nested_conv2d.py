@@ -129,6 +129,23 @@ def test_weight_in_channels_last_and_a_part_of_a_larger_weight():
                 assert_close(nested_conv2d(x, w, bias, **case.options()), want, "y")
 
 
+def test_call_key_tells_apart_what_a_plan_depends_on():
+    x, w, b = torch.zeros(1, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.zeros(4)
+    calls = [
+        (x, w, b),
+        (x, w, None),
+        (x[:, :1], w, b),
+        (x, w[:2], b),
+        (x, w, b[:2]),
+        (x[0], w, b),
+        (x.double(), w, b),
+        (x, w.bfloat16(), b),
+        (x, w, b.half()),
+    ]
+    assert len({pyeff._C.call_key(*call) for call in calls}) == len(calls)
+    assert pyeff._C.call_key(x + 1, w, b) == pyeff._C.call_key(x, w, b)
+
+
 # --- packed weights -------------------------------------------------------------------------------
 
 
