@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # elements of a program's block of scores
+_TILE = 1024  # elements of a program's block of scores
 _PAIRS = 1024  # pairs that a program of the plan reads at once
 
 
@@ -112,14 +112,12 @@ def top_k_routes_grad_kernel(
     )
     if share.dtype != tl.float64:
         share, grad = share.to(tl.float32), grad.to(tl.float32)
-    mean = tl.sum(share * grad, axis=1)
-    total = tl.zeros((ROWS, BRANCHES), share.dtype)
+    slope = share * (grad - tl.sum(share * grad, axis=1)[:, None])
+    total = tl.zeros((ROWS, BRANCHES), slope.dtype)
     for step in range(0, k):
         branch = tl.load(index + n * k + step, mask=n < N, other=-1)
-        share = tl.load(weight + n * k + step, mask=n < N, other=0.0).to(total.dtype)
-        grad = tl.load(grad_weight + n * grad_n + step * grad_j, mask=n < N, other=0.0)
-        slope = share * (grad.to(total.dtype) - mean)
-        total += tl.where(branch[:, None] == b[None, :], slope[:, None], 0.0)
+        own = tl.sum(tl.where(j[None, :] == step, slope, 0.0), axis=1)
+        total += tl.where(branch[:, None] == b[None, :], own[:, None], 0.0)
     tl.store(
         grad_scores + (n * B)[:, None] + b[None, :],
         total.to(grad_scores.dtype.element_ty),

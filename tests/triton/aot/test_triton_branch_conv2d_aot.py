@@ -176,8 +176,7 @@ def test_depthwise(architecture, task, launch):
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_bias_gradient(architecture, compiled, monkeypatch):
-    # On the meta device the sum over pixels is only a shape.
+def test_bias_gradient(architecture, compiled):
     grad_y = maps(IMAGES, ROUTES, CHANNELS, SIDE, SIDE, dtype=torch.bfloat16)
     index = on_meta(IMAGES, ROUTES, dtype=torch.int32)
     binaries = compiled(architecture, launchers.grad_bias, grad_y, index, BRANCHES)
@@ -186,14 +185,19 @@ def test_bias_gradient(architecture, compiled, monkeypatch):
         check_fits(binary, architecture)
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_routes(architecture, compiled):
-    scores = on_meta(IMAGES, BRANCHES, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [(80, torch.float32), (90, torch.float64), (90, torch.bfloat16), (100, torch.float16)],
+    ids=name,
+)
+def test_routes(architecture, dtype, compiled):
+    scores = on_meta(IMAGES, BRANCHES, dtype=dtype)
     index = on_meta(IMAGES, ROUTES, dtype=torch.int32)
-    weight = on_meta(IMAGES, ROUTES, dtype=torch.float32)
+    weight = on_meta(IMAGES, ROUTES, dtype=dtype)
     binaries = compiled(architecture, top_k_routes.forward, scores, ROUTES, "softmax")
+    binaries += compiled(architecture, top_k_routes.forward, scores, ROUTES, "binary")
     binaries += compiled(architecture, top_k_routes.grad_scores, weight, index, weight, BRANCHES)
-    assert len(binaries) == 2
+    assert len(binaries) == 3
     for binary in binaries:
         check_fits(binary, architecture)
 
