@@ -83,8 +83,12 @@ class BranchGradWeight {
                         band_cols_ <= x.map.cols;
     constexpr Index kFewPixels = 8;  // each row of gy costs a few cycles of its own
     const bool few = grad_y.map.rows * grad_y.map.cols < kFewPixels;
-    x_in_place_ = std::is_same_v<T, A> && inside && !few && in_ % kLanes<A> == 0;
-    grad_y_in_place_ = std::is_same_v<T, A> && scale == nullptr && !few;
+    x_in_place_ = std::is_same_v<T, A> && inside && !few && in_ % kLanes<A> == 0 &&
+                  spaced(x.map.col_stride) == x.map.col_stride;
+    grad_y_in_place_ = std::is_same_v<T, A> && scale == nullptr && !few &&
+                       spaced(grad_y.map.col_stride) == grad_y.map.col_stride;
+    const Index sum_bytes = out_ * taps() * width_ * Index{sizeof(A)};
+    pass_ = larger(kSumBytes / larger(sum_bytes, 1), 1);
   }
 
   void run(const Routes& routes, int threads) const {
@@ -99,63 +103,88 @@ class BranchGradWeight {
       for (Index b = 0; b < branches_; ++b) {
         const Part units = split.next(b), mine = visits.of_branch(b);
         for (Index u = units.begin; u < units.end;) {
-          const Index panel = u / blocks_, first = panel * blocks_;
-          const Part blocks{u - first, smaller(units.end - first, blocks_)};
-          run_panel(b, panel, blocks, visits.data() + mine.begin, mine.end - mine.begin);
-          u = first + blocks.end;
+          u += run_units(b, u, units.end, visits.data() + mine.begin, mine.end - mine.begin);
         }
       }
     });
   }
 
  private:
-  static constexpr Index kChunkBytes = 96 * 1024;
+  // The operands of a tile should fit the second-level cache together with its sums.
+  static constexpr Index kChunkBytes = 96 * 1024, kSumBytes = 128 * 1024;
 
   Index taps() const { return kernel_h_ * kernel_w_; }
   Part outputs_of(Index block) const {
     return part_of(out_, static_cast<int>(block), static_cast<int>(blocks_));
   }
 
+  // Tiles read a few numbers of many pixels: these should not fall into few sets of the cache.
+  static Index spaced(Index pixel) {
+    constexpr Index kBytes = 512;
+    return pixel * Index{sizeof(A)} % kBytes == 0 ? pixel + kLanes<A> : pixel;
+  }
+
   // What is loaded of every pair: some input and output channels of one group.
   struct Work {
+    Part blocks;
+    Index panels;           // whose operands are loaded together
     Index input, inputs;    // from input channel `input` of x on
     Index output, outputs;  // likewise of gy
     Index x_pixel, x_row, x_map;
     Index gy_pixel, gy_row, gy_map;
   };
 
-  Work work_of(Index group, Index lane, Part outputs) const {
+  Work work_of(Index group, Part panels, Part blocks) const {
+    const Part outputs{outputs_of(blocks.begin).begin, outputs_of(blocks.end - 1).end};
+    const Index lane = panels.begin * width_;
     Work work{};
+    work.blocks = blocks;
+    work.panels = panels.end - panels.begin;
     work.input = group * in_ + lane;
-    work.inputs = smaller(width_, in_ - lane);
+    work.inputs = smaller(panels.end * width_, in_) - lane;
     work.output = group * out_ + outputs.begin;
     work.outputs = outputs.end - outputs.begin;
-    work.x_pixel = x_in_place_ ? x_.map.col_stride : ceil_div(work.inputs, kLanes<A>) * kLanes<A>;
+    work.x_pixel =
+        x_in_place_ ? x_.map.col_stride : spaced(ceil_div(work.inputs, kLanes<A>) * kLanes<A>);
     work.x_row = x_in_place_ ? x_.map.row_stride : band_cols_ * work.x_pixel;
     work.x_map = band_rows_ * band_cols_ * work.x_pixel;
-    work.gy_pixel = grad_y_in_place_ ? grad_y_.map.col_stride : work.outputs;
+    work.gy_pixel = grad_y_in_place_ ? grad_y_.map.col_stride : spaced(work.outputs);
     work.gy_row = grad_y_in_place_ ? grad_y_.map.row_stride : grad_y_.map.cols * work.gy_pixel;
     work.gy_map = grad_y_.map.rows * grad_y_.map.cols * work.gy_pixel;
     return work;
   }
 
-  void run_panel(Index branch, Index panel, Part blocks, const Visit* visits, Index count) const {
-    const Index group = panel / panels_, lane = panel % panels_ * width_;
-    const Part outputs{outputs_of(blocks.begin).begin, outputs_of(blocks.end - 1).end};
-    const Work work = work_of(group, lane, outputs);
-    const Index elements = (outputs.end - outputs.begin) * taps() * width_;
+  // Runs units of a branch from u on: some blocks of one panel, or several whole panels, whose
+  // operands need to be loaded only once. Returns how many.
+  Index run_units(Index branch, Index u, Index end, const Visit* visits, Index count) const {
+    const Index panel = u / blocks_, group = panel / panels_, in_group = panel - group * panels_;
+    const Index block = u - panel * blocks_, whole = (end - u) / blocks_;
+    if (block != 0 || whole == 0) {
+      const Part blocks{block, smaller(blocks_, block + end - u)};
+      run_pass(branch, work_of(group, {in_group, in_group + 1}, blocks), visits, count);
+      return blocks.end - blocks.begin;
+    }
+    const Index panels = smaller(smaller(whole, panels_ - in_group), pass_);
+    run_pass(branch, work_of(group, {in_group, in_group + panels}, {0, blocks_}), visits, count);
+    return panels * blocks_;
+  }
+
+  void run_pass(Index branch, const Work& work, const Visit* visits, Index count) const {
+    const Index elements = work.panels * taps() * work.outputs * width_;
     A* sums = grad_weight_scratch().sums.template get<A>(elements);
     std::memset(sums, 0, static_cast<std::size_t>(elements) * sizeof(A));
     const Index map_bytes = larger((work.x_map + work.gy_map) * Index{sizeof(A)}, 1);
     const Index chunk = larger(kChunkBytes / map_bytes, 1);
     for (Index i = 0; i < count; i += chunk) {
-      add_chunk(work, blocks, visits + i, smaller(chunk, count - i), sums);
+      add_chunk(work, visits + i, smaller(chunk, count - i), sums);
     }
-    write(branch, group, lane, outputs, work.inputs, sums);
+    for (Index p = 0; p < work.panels; ++p, sums += taps() * work.outputs * width_) {
+      write(branch, work, p, sums);
+    }
   }
 
-  // sums[tap][output][lane]
-  void add_chunk(const Work& work, Part blocks, const Visit* visits, Index count, A* sums) const {
+  // sums[panel][tap][output][lane]
+  void add_chunk(const Work& work, const Visit* visits, Index count, A* sums) const {
     Index row_count = 0;
     const Tap<A>* rows = load(work, visits, count, row_count);
     TileCall<A> call{};
@@ -165,19 +194,22 @@ class BranchGradWeight {
     call.a_step = work.gy_pixel;
     call.b_step = window_.stride_w * work.x_pixel;
     call.out_pixel = width_;
-    const int vecs = static_cast<int>(ceil_div(work.inputs, kLanes<A>));
-    const Index first = outputs_of(blocks.begin).begin;
-    for (Index t = 0; t < taps(); ++t, sums += work.outputs * width_) {
-      const Index tap = t / kernel_w_ * window_.dilation_h * work.x_row +
-                        t % kernel_w_ * window_.dilation_w * work.x_pixel;
-      for (Index block = blocks.begin; block < blocks.end; ++block) {
-        const Part outputs = outputs_of(block);
-        call.a_offset = outputs.begin - first;
-        for (int v = 0; v < vecs; v += kTileVecs) {
-          call.b_offset = tap + v * kLanes<A>;
-          call.out = sums + call.a_offset * width_ + v * kLanes<A>;
-          run_tile<DenseTile>(static_cast<int>(outputs.end - outputs.begin),
-                              static_cast<int>(smaller(kTileVecs, vecs - v)), call);
+    const Index first = outputs_of(work.blocks.begin).begin;
+    for (Index p = 0; p < work.panels; ++p) {
+      const Index lanes = smaller(width_, work.inputs - p * width_);
+      const int vecs = static_cast<int>(ceil_div(lanes, kLanes<A>));
+      for (Index t = 0; t < taps(); ++t, sums += work.outputs * width_) {
+        const Index tap = t / kernel_w_ * window_.dilation_h * work.x_row +
+                          t % kernel_w_ * window_.dilation_w * work.x_pixel + p * width_;
+        for (Index block = work.blocks.begin; block < work.blocks.end; ++block) {
+          const Part outputs = outputs_of(block);
+          call.a_offset = outputs.begin - first;
+          for (int v = 0; v < vecs; v += kTileVecs) {
+            call.b_offset = tap + v * kLanes<A>;
+            call.out = sums + call.a_offset * width_ + v * kLanes<A>;
+            run_tile<DenseTile>(static_cast<int>(outputs.end - outputs.begin),
+                                static_cast<int>(smaller(kTileVecs, vecs - v)), call);
+          }
         }
       }
     }
@@ -222,7 +254,7 @@ class BranchGradWeight {
     const A scale = scale_ == nullptr ? A(1) : widen(scale_[pair]);
     A* to = copy;
     for (Index r = 0; r < grad_y_.map.rows; ++r, map += grad_y_.map.row_stride) {
-      for (Index c = 0; c < grad_y_.map.cols; ++c, to += work.outputs) {
+      for (Index c = 0; c < grad_y_.map.cols; ++c, to += work.gy_pixel) {
         const T* from = map + c * grad_y_.map.col_stride;
         for (Index o = 0; o < work.outputs; ++o) to[o] = scale * widen(from[o]);
       }
@@ -243,15 +275,14 @@ class BranchGradWeight {
     rows[count++] = {gy, x, grad_y_.map.cols};
   }
 
-  void write(Index branch, Index group, Index lane, Part outputs, Index inputs,
-             const A* sums) const {
-    const Index count = outputs.end - outputs.begin;
-    for (Index o = 0; o < count; ++o) {
-      const Index output = (branch * groups_ + group) * out_ + outputs.begin + o;
-      T* to = to_ + (output * in_ + lane) * taps();
+  void write(Index branch, const Work& work, Index panel, const A* sums) const {
+    const Index lane = panel * width_, lanes = smaller(width_, work.inputs - lane);
+    const Index in = work.input % in_ + lane;
+    for (Index o = 0; o < work.outputs; ++o) {
+      T* to = to_ + ((branch * groups_ * out_ + work.output + o) * in_ + in) * taps();
       for (Index t = 0; t < taps(); ++t) {
-        const A* from = sums + (t * count + o) * width_;
-        for (Index i = 0; i < inputs; ++i) narrow(from[i], to[i * taps() + t]);
+        const A* from = sums + (t * work.outputs + o) * width_;
+        for (Index i = 0; i < lanes; ++i) narrow(from[i], to[i * taps() + t]);
       }
     }
   }
@@ -262,7 +293,7 @@ class BranchGradWeight {
   T* to_;
   Index branches_, groups_, out_, in_;  // outputs and inputs of a group
   Index kernel_h_, kernel_w_;
-  Index width_, panels_, blocks_, band_rows_, band_cols_;
+  Index width_, panels_, blocks_, pass_, band_rows_, band_cols_;
   bool x_in_place_, grad_y_in_place_;
 };
 

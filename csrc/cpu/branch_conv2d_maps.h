@@ -60,13 +60,12 @@ class MapConv {
     pixel_ = band_pixel<A>(source_.map.channels, plan_.step_w);
     const Index row_bytes = plan_.step_h * band_cols() * pixel_ * Index{sizeof(A)};
     band_cells_ = larger(kGroupBytes / larger(row_bytes, 1), 1);
-    group_ = kMaxGroup;
-    if (band_cells_ < rows_) {
-      group_ = 1;
-    } else if (!in_place_) {
-      group_ =
-          smaller(group_, larger(kGroupBytes / larger(band_elements(rows_), 1) / sizeof(A), 1));
-    }
+    // Each panel goes over all maps of a group, and writes a part of every pixel.
+    const Index map_bytes =
+        (band_elements(rows_) + dest.map.rows * dest.map.cols * dest.map.channels) *
+        Index{sizeof(A)};
+    group_ =
+        band_cells_ < rows_ ? 1 : larger(smaller(kGroupBytes / larger(map_bytes, 1), kMaxGroup), 1);
   }
 
   bool copies_source() const { return !in_place_; }
@@ -260,9 +259,9 @@ class MapConv {
       return map.rows == 1 || map.row_stride == map.cols * map.col_stride;
     };
     return plan_.offsets.size() == 1 && plan_.phases.size() == 1 && plan_.dy_min == 0 &&
-           plan_.dx_min == 0 && plan_.step_h == 1 && plan_.step_w == 1 &&
-           source_.map.rows == rows_ && source_.map.cols == cols_ && even(source_.map) &&
-           even(dest_.map);
+           plan_.dx_min == 0 && plan_.step_h == 1 && plan_.step_w == 1 && plan_.dest_step_h == 1 &&
+           plan_.dest_step_w == 1 && source_.map.rows == rows_ && source_.map.cols == cols_ &&
+           even(source_.map) && even(dest_.map);
   }
 
   // Maps of 7 or 8 pixels a row would leave the tile half empty: cut the pixels of a map into rows
