@@ -70,31 +70,35 @@ inline void begin_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[P][Z]) {
   }
 }
 
-// The compiler must not see that pointers are a constant apart: it would keep every distance in a
-// register of its own, and run out of them.
-template <typename A>
-inline void hide(const A*& pointer) {
-  asm("" : "+r"(pointer));
-}
+// Pointers to the pixels of R rows of W.
+template <typename A, int R, int W>
+struct TilePointers {
+  RowPointers<A, W> first;
+  TilePointers<A, R - 1, W> rest;
+
+  TilePointers(const A* at, Index row, Index pixel)
+      : first(at, pixel), rest(at + row, row, pixel) {}
+  A at(int p, Index pixel) const { return p < W ? first.at(p, pixel) : rest.at(p - W, pixel); }
+  void advance() {
+    first.advance(1);
+    rest.advance();
+  }
+};
+template <typename A, int W>
+struct TilePointers<A, 0, W> {
+  TilePointers(const A*, Index, Index) {}
+  A at(int, Index) const { return A(0); }
+  void advance() {}
+};
 
 struct DenseStageTile {
-  static constexpr bool kLanesAreChannels = false;
-
   template <typename A, int R, int W, int Z>
   static void run(const StageCall<A>& call) {
-    // Pixels of a row are addressed from a pointer to every kGroup-th of them.
-    constexpr int kGroup = 5, kGroups = (W + kGroup - 1) / kGroup;
     Vec<A> acc[R * W][Z];
     begin_stage_tile<A, R * W, Z>(call, acc);
     const Index a_pixel = call.a_pixel, b_step = call.b_step;
     for (Index t = 0; t < call.tap_count; ++t) {
-      const A* a[R][kGroups];
-      for (int r = 0; r < R; ++r) {
-        for (int g = 0; g < kGroups; ++g) {
-          a[r][g] = call.taps[t].a + call.a_offset + r * call.a_row + g * kGroup * a_pixel;
-          hide(a[r][g]);
-        }
-      }
+      TilePointers<A, R, W> a(call.taps[t].a + call.a_offset, call.a_row, a_pixel);
       const A* b = call.taps[t].b + call.b_offset;
       for (Index k = call.taps[t].k; k > 0; --k) {
         Vec<A> weight[Z];
@@ -102,15 +106,11 @@ struct DenseStageTile {
         for (int z = 0; z < Z; ++z) weight[z] = load(b + z * kLanes<A>);
 #pragma GCC unroll 32
         for (int p = 0; p < R * W; ++p) {
-          const A pixel = a[p / W][p % W / kGroup][p % W % kGroup * a_pixel];
+          const A pixel = a.at(p, a_pixel);
 #pragma GCC unroll 4
           for (int z = 0; z < Z; ++z) acc[p][z] += pixel * weight[z];
         }
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-          for (int g = 0; g < kGroups; ++g) ++a[r][g];
-        }
+        a.advance();
         b += b_step;
       }
     }
@@ -119,8 +119,6 @@ struct DenseStageTile {
 };
 
 struct DepthwiseStageTile {
-  static constexpr bool kLanesAreChannels = true;
-
   template <typename A, int R, int W, int Z>
   static void run(const StageCall<A>& call) {
     Vec<A> acc[R * W][Z];

@@ -275,6 +275,10 @@ class BranchPlan:
         """Every tensor of the steps."""
         return [t for step in self.steps for t in step.tensors if t is not None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy packs its own parameters.
+        return {**self.__dict__, "_lowered": None, "native": None, "calls": {}}
+
     def __repr__(self) -> str:
         kinds = ", ".join(step.kind for step in self.steps)
         return f"BranchPlan(branches={self.branches}, in_channels={self.in_channels}: {kinds})"

@@ -35,6 +35,8 @@ def forward(x: Tensor, index: Tensor, plan: BranchPlan, call: Call) -> Tensor:
     name = call.backend
     if name == "cpp":
         y = x.new_empty_strided(call.shape, call.strides)
+        if index.shape[0] == 0:  # torch gives an empty batch no other layout
+            return y
         native = _native(plan, x.dtype)
         x = _channels_innermost(x, plan.vector)
         threads = torch.get_num_threads()
@@ -71,7 +73,7 @@ def _native(plan: BranchPlan, dtype: torch.dtype) -> NativePlan:
         tensors, integers = plan.lower()
         computed = torch.float64 if dtype == torch.float64 else torch.float32
         native = native_plan(tensors, integers, computed)
-        if tensors:
+        if not any(t.is_inference() for t in tensors):
             plan.native = known(tensors, native)
     return native
 

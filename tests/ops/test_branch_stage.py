@@ -1,3 +1,4 @@
+import copy
 import gc
 
 import pytest
@@ -165,8 +166,20 @@ def test_a_plan_copies_inference_tensors():
         plan.conv2d(0, weight)
         x, index = torch.randn(2, 8, 3, 3), torch.zeros(2, 1, dtype=torch.int32)
         y = branch_stage(x, index, plan)
+        with pyeff.backend("cpp"):
+            same = torch.ops.pyeff.branch_stage(x, index, [weight], plan.lower()[1])
     assert not plan.parameters()[0].is_inference()
     assert_close(y, expected(x, index, plan), "y")
+    assert torch.equal(same, y)
+
+
+def test_a_plan_can_be_copied():
+    x, index, plan = CIFAR.make(torch.float32)
+    y = branch_stage(x, index, plan)
+    copied = copy.deepcopy(plan)
+    for t in plan.parameters():
+        t.zero_()
+    assert torch.equal(branch_stage(x, index, copied), y)
 
 
 # --- packed parameters ----------------------------------------------------------------------------
