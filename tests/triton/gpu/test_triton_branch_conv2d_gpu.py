@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from branch_cases import CASES, DEPTHWISE, GROUPS, PER_PAIR, SHARED, WANTED, BranchCase
+from branch_conv2d_cases import CASES, DEPTHWISE, GROUPS, PER_PAIR, SHARED, WANTED, BranchCase
 from numerics import TOLERANCE, assert_close
 
 import pyeff

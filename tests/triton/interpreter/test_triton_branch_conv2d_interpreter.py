@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "needs a process of its own: pytest tests/triton/interpreter", allow_module_level=True
     )
 
-from branch_cases import CASES, DEPTHWISE, GROUPS, PER_PAIR, SHARED, WANTED
+from branch_conv2d_cases import CASES, DEPTHWISE, GROUPS, PER_PAIR, SHARED, WANTED
 from numerics import assert_close
 from pyeff.triton_kernels import branch_conv2d as launchers
 from pyeff.triton_kernels.tiles import Tile
