@@ -20,6 +20,7 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     Everything that has to see the call (compilers, tracers, modes, functorch, tensor subclasses,
     autocast, forward-mode differentiation) makes it false, and the registered operator is called.
+    So does a lazily negated view, whose sign the dispatcher applies and DLPack would lose.
     The whole test costs about a microsecond; the dispatcher's Python route costs four to ten.
     """
     return not (
@@ -28,6 +29,9 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
         or not (x.is_cpu or x.is_cuda)
+        or x.is_neg()
+        or weight.is_neg()
+        or (bias is not None and bias.is_neg())
         or _dispatch_modes()
         or _function_modes()
         or _functorch_level() is not None
