@@ -88,9 +88,11 @@ def _k_means(points: np.ndarray, groups: int, random: np.random.Generator) -> np
         for _ in range(_ROUNDS):
             distance = _square_distances(points, centroids)
             nearest = distance.argmin(1)
-            # A centroid that lost all its classes goes to the one that is worst served.
+            served = distance[np.arange(len(points)), nearest]
+            # A centroid that lost all its classes gets the one that is worst served elsewhere.
             for empty in np.setdiff1d(np.arange(groups), nearest):
-                nearest[distance[np.arange(len(points)), nearest].argmax()] = empty
+                shared = np.bincount(nearest, minlength=groups)[nearest] > 1
+                nearest[np.where(shared, served, -1).argmax()] = empty
             moved = np.stack([points[nearest == g].mean(0) for g in range(groups)])
             if np.array_equal(moved, centroids):
                 break

@@ -295,7 +295,7 @@ class _BatchNorm(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         by_x = -scale * inverse * inverse * sum_product * share
         constant = -scale * sum_grad * share - mean * by_x
-        out = None if again else buffer
+        out = None if again or torch.compiler.is_compiling() else buffer
         grad_x = torch.addcmul(_per_row(constant, branch), x, _per_row(by_x, branch), out=out)
         grad_x = torch.addcmul(grad_x, grad_wide, _per_row(scale, branch), out=out)
         grad_weight = None if weight is None else (sum_product * inverse).to(weight.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyeff.nn.branch_batch_norm2d import BranchBatchNorm2d
 from pyeff.nn.branch_conv2d import BranchConv2d
 from pyeff.nn.branch_linear import BranchLinear
-from pyeff.nn.branch_trace import ROWS, Call, Trace, Value
+from pyeff.nn.branch_trace import Call, Trace, Value
 from pyeff.nn.pad_shortcut import pad_shortcut
 from pyeff.ops import BranchPlan
 
@@ -216,12 +216,12 @@ class _Lowering:
         return self.plan.flatten(source)
 
     def _is_flatten(self, call: Call) -> bool:
-        """Whether a call makes ``[R, everything else]``, by whatever name."""
-        rest = call.args[1:]
-        if call.target in (torch.flatten, "flatten"):
-            options = {**dict(zip(("start_dim", "end_dim"), rest, strict=False)), **call.kwargs}
-            return options.get("start_dim", 0) == 1 and options.get("end_dim", -1) == -1
-        return call.target == "reshape" and rest == (Value(ROWS), -1)
+        """Whether a call makes ``[R, everything else]``."""
+        if call.target not in (torch.flatten, "flatten"):
+            return False
+        names = ("start_dim", "end_dim")
+        options = {**dict(zip(names, call.args[1:], strict=False)), **call.kwargs}
+        return options.get("start_dim", 0) == 1 and options.get("end_dim", -1) == -1
 
     def _mean(self, call: Call, source: Slot) -> Slot:
         options = {**dict(zip(("dim", "keepdim"), call.args[1:], strict=False)), **call.kwargs}

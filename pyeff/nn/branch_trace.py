@@ -260,7 +260,7 @@ class _Builder:
         if target in ("view", "reshape"):
             # Images or pairs, whatever value of the template the number was taken from; and maps
             # are channels_last here, of which there is no flat view.
-            target, args = "reshape", self._reshaped(args)
+            target, args = _reshaped(args)
         kwargs = {name: _constant(argument) for name, argument in kwargs.items()}
         self.calls.append(Call(kind, node.name, target, args, kwargs, branched, last))
 
@@ -314,11 +314,6 @@ class _Builder:
             return bool(order[0] == 0)
         return True
 
-    def _reshaped(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a reshape, the first size as :data:`ROWS` where it was computed."""
-        shape = args[1] if isinstance(args[1], tuple) else args[1:]
-        return (args[0], Value(ROWS) if isinstance(shape[0], Value) else shape[0], *shape[1:])
-
     def _in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.modules[str(node.target)], "inplace", False))
@@ -351,6 +346,16 @@ def _constant(argument: Any) -> Any:
     if isinstance(argument, (tuple, list)):
         return tuple(_constant(a) for a in argument)
     return argument
+
+
+def _reshaped(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """A reshape as a call, the first size as :data:`ROWS` where it was computed."""
+    shape = args[1] if isinstance(args[1], tuple) else args[1:]
+    if isinstance(shape[0], Value):
+        shape = (Value(ROWS), *shape[1:])
+    if shape == (Value(ROWS), -1):  # which torch does not take of an empty batch
+        return torch.flatten, (args[0], 1)
+    return "reshape", (args[0], *shape)
 
 
 def as_function(call: Call) -> Callable[..., Any]:

@@ -129,11 +129,9 @@ class Branches(nn.Module):
         """
         if not 0 <= branch < self.branches:
             raise ValueError(f"Branches: branch must be in 0..{self.branches - 1}, got {branch}")
-        stacks = stacked_tensors(self)
-        device = next(iter(stacks.values())).device if stacks else "cpu"
-        single = self.template(device)
-        for name, value in (*single.named_parameters(), *single.named_buffers()):
-            value.copy_(stacks[name][branch])
+        single = copy.deepcopy(self._template[0])
+        state = {name: value[branch].clone() for name, value in stacked_tensors(self).items()}
+        single.load_state_dict(state, assign=True)
         return single.train(self.training)
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:
@@ -266,6 +264,10 @@ class Branches(nn.Module):
         if result.shape[0] != pairs[0] * pairs[1]:
             raise unsupported("", f"{call.target}, which does not keep the rows of the batch apart")
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan is cheap to make again, and belongs to the tensors that it was made of.
+        return {**self.__dict__, "_planned": None}
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
