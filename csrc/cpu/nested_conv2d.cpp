@@ -4,6 +4,7 @@
 // where the divisions leave no remainder. Every output element is summed by one thread in a fixed
 // order, whatever the number of threads.
 
+#include "cpu/conv_plans.h"
 #include "cpu/nested_conv2d_kernels.h"
 #include "cpu/nested_conv2d_types.h"
 #include "cpu/panels.h"
@@ -14,60 +15,6 @@ void nested_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
                                const TensorView& grad_weight, const NestedConv2d& conv);
 
 namespace {
-
-// Of the calling thread, so that its memory is kept from call to call.
-Plan& empty_plan() {
-  static thread_local Plan plan;
-  plan.phases.clear();
-  plan.offsets.clear();
-  return plan;
-}
-
-template <typename T>
-Plan& forward_plan(const Weight<T>& weight, const ConvWindow& window, Index rows, Index cols) {
-  Plan& plan = empty_plan();
-  plan.step_h = window.stride_h;
-  plan.step_w = window.stride_w;
-  plan.dest_step_h = plan.dest_step_w = 1;
-  for (Index u = 0; u < weight.kernel_h; ++u) {
-    for (Index v = 0; v < weight.kernel_w; ++v) {
-      plan.offsets.push_back({u * window.dilation_h - window.pad_top,
-                              v * window.dilation_w - window.pad_left, u * weight.kernel_w + v});
-    }
-  }
-  plan.phases.push_back({0, 0, rows, cols, 0, weight.taps()});
-  plan.finish();
-  return plan;
-}
-
-// Positions h = first + r * stride of one residue read gy at r + dy: no zeros are inserted.
-template <typename T>
-Plan& grad_input_plan(const Weight<T>& weight, const ConvWindow& window, Index rows, Index cols) {
-  Plan& plan = empty_plan();
-  plan.step_h = plan.step_w = 1;
-  plan.dest_step_h = window.stride_h;
-  plan.dest_step_w = window.stride_w;
-  for (Index i = 0; i < smaller(window.stride_h, rows); ++i) {
-    for (Index j = 0; j < smaller(window.stride_w, cols); ++j) {
-      const Index begin = static_cast<Index>(plan.offsets.size());
-      for (Index u = 0; u < weight.kernel_h; ++u) {
-        const Index dy = i + window.pad_top - u * window.dilation_h;
-        if (dy % window.stride_h != 0) continue;
-        for (Index v = 0; v < weight.kernel_w; ++v) {
-          const Index dx = j + window.pad_left - v * window.dilation_w;
-          if (dx % window.stride_w != 0) continue;
-          plan.offsets.push_back(
-              {dy / window.stride_h, dx / window.stride_w, u * weight.kernel_w + v});
-        }
-      }
-      plan.phases.push_back({i, j, ceil_div(rows - i, window.stride_h),
-                             ceil_div(cols - j, window.stride_w), begin,
-                             static_cast<Index>(plan.offsets.size())});
-    }
-  }
-  plan.finish();
-  return plan;
-}
 
 template <typename Tile, typename T, typename Panels>
 void convolve(const Image<const T>& source, const Image<T>& dest, const Plan& plan, Panels panels,
@@ -84,7 +31,7 @@ void forward(const TensorView& x_view, const TensorView& weight_view, const Tens
   const auto weight = weight_of<T>(weight_view);
   const A* packed = packed_view == nullptr ? nullptr : packed_view->as<const A>();
   const T* bias = bias_view == nullptr ? nullptr : bias_view->as<const T>();
-  const Plan& plan = forward_plan(weight, conv.window, y.rows, y.cols);
+  const Plan& plan = forward_plan(weight.kernel_h, weight.kernel_w, conv.window, y.rows, y.cols);
   if (is_depthwise(weight_view, conv.groups)) {
     convolve<DepthwiseTile>(x, y, plan, DepthwisePanels<T>(weight, packed, conv.out, bias),
                             conv.threads);
@@ -110,7 +57,8 @@ void grad_input(const TensorView& grad_y_view, const TensorView& weight_view,
   const auto grad_x = image_of<T>(grad_x_view);
   const auto weight = weight_of<T>(weight_view);
   const T* no_bias = nullptr;
-  const Plan& plan = grad_input_plan(weight, conv.window, grad_x.rows, grad_x.cols);
+  const Plan& plan =
+      grad_input_plan(weight.kernel_h, weight.kernel_w, conv.window, grad_x.rows, grad_x.cols);
   if (is_depthwise(weight_view, conv.groups)) {
     convolve<DepthwiseTile>(grad_y, grad_x, plan,
                             DepthwisePanels<T>(weight, nullptr, conv.in, no_bias), conv.threads);
