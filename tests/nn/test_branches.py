@@ -2,7 +2,7 @@ import copy
 import pickle
 import warnings
 
-import branch_cases as cases
+import branch_templates as cases
 import pytest
 import torch
 from numerics import assert_close
