@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -158,13 +159,25 @@ def python_path(*folders: Path) -> str:
 
 
 def test(target: Path, seconds: float) -> Stage:
-    """Runs the tests that need a GPU on the installed package."""
+    """Runs the tests that need a GPU on the installed package, in several processes."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--rootdir", str(ROOT)]
-    command += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
+    command += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests"), "-p", "gpu_shard"]
     # From the target's folder: the working tree's own pyeff has no extension module.
-    return run_stage(
-        "tests", command, seconds, cwd=target, environment={"PYTHONPATH": python_path(target)}
+    environment = {"PYTHONPATH": python_path(target, ROOT / "benchmarks")}
+    parts = max(1, min(8, (os.cpu_count() or 1) // 2))
+
+    def run(part: int) -> Stage:
+        name, share = f"tests, part {part + 1} of {parts}", ["--part", f"{part}/{parts}"]
+        return run_stage(name, [*command, *share], seconds, cwd=target, environment=environment)
+
+    with ThreadPoolExecutor(parts) as pool:
+        stages = list(pool.map(run, range(parts)))
+    return Stage(
+        "tests",
+        all(stage.ok for stage in stages),
+        max(stage.seconds for stage in stages),
+        "".join(stage.output for stage in stages),
     )
 
 

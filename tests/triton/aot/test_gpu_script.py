@@ -1,6 +1,7 @@
 """The parts of `make gpu` that can be run where there is no GPU."""
 
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,19 @@ def test_the_build_says_what_is_missing(monkeypatch, tmp_path):
     stage = gpu.build(tmp_path / "site", tmp_path / "tools", 60)
     assert not stage.ok
     assert "the build needs no-such-package" in stage.output
+
+
+def test_the_parts_of_the_tests_are_all_of_them(tmp_path):
+    lines = ["import pytest", "@pytest.mark.parametrize('n', range(5))", "def test(n): pass"]
+    (tmp_path / "test_five.py").write_text("\n".join(lines))
+    seen = []
+    for part in range(2):
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "gpu_shard", "--part", f"{part}/2"]
+        environment = {"PYTHONPATH": gpu.python_path(BENCHMARKS)}
+        stage = gpu.run_stage("part", command, 60, cwd=tmp_path, environment=environment)
+        assert stage.ok
+        seen.append(sorted(re.findall(r"test\[(\d)\] PASSED", stage.output)))
+    assert seen == [["0", "2", "4"], ["1", "3"]]
 
 
 def report(results):
