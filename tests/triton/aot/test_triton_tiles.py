@@ -60,3 +60,20 @@ def test_arithmetic():
     assert tiles.arithmetic(torch.bfloat16, "tf32") == "half"
     assert tiles.arithmetic(torch.float32, "tf32") == "tf32"
     assert tiles.arithmetic(torch.float32, "ieee") == "ieee"
+
+
+def test_half_of_the_stages_of_a_loaded_order_hold_data():
+    tile = TILES["branch_grad_weight", 90]["half"][0]
+    assert tile.stages == 5
+    plain = tiles.shared_bytes(tile._replace(stages=3), "half")
+    assert tiles.shared_bytes(tile, "half", "branch_grad_weight") == plain
+
+
+def test_small_images_get_low_tiles(device):
+    rows = [tiles.choose("branch", "half", CUDA, pixels, 64, 10**4).rows for pixels in (1, 16, 64)]
+    assert rows == [16, 16, 64]
+
+
+def test_weights_of_half_the_cache_leave_no_room_for_the_maps(device):
+    assert not tiles.overflows_cache(CUDA, 2**19)  # the device of these tests has a cache of 2**20
+    assert tiles.overflows_cache(CUDA, 2**19 + 1)
