@@ -33,7 +33,7 @@ class Case:
     def routes(self, device="cpu"):
         """index int32 [n, k]."""
         if self.index is not None:
-            index = torch.tensor(self.index)
+            index = torch.tensor(self.index).reshape(self.n, self.k)
         else:
             index = torch.rand(self.n, self.branches).argsort(1)[:, : self.k]
         return index.to(torch.int32).contiguous().to(device)
@@ -74,6 +74,9 @@ CASES = {
     "1x1": Case(3, 2, 4, 20, 36, (5, 7), (1, 1)),
     "1x1 strided, pairs": Case(3, 2, 4, 20, 36, (5, 7), (1, 1), stride=2, shared=False),
     "stride 3 and 2, uneven padding": Case(2, 2, 3, 4, 5, (11, 9), padding=(2, 0), stride=(3, 2)),
+    "stride 2, one column": Case(
+        4, 2, 2, 9, 11, (8, 1), (1, 3), padding=(0, 1), stride=(1, 2), index=((0, 1), (1, 0)) * 2
+    ),
     "dilated": Case(2, 2, 3, 6, 6, (9, 11), padding=4, dilation=(3, 4)),
     "stride and dilation, pairs": Case(
         2, 2, 3, 5, 6, (13, 12), padding=2, stride=2, dilation=2, shared=False
@@ -123,5 +126,5 @@ def random_case(seed: int) -> Case:
         dilation=dilation,
         groups=groups,
         bias=r.random() < 0.7,
-        index=tuple(tuple(r.randrange(branches) for _ in range(k)) for _ in range(n)) or None,
+        index=tuple(tuple(r.randrange(branches) for _ in range(k)) for _ in range(n)),
     )
