@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pyeff.nn import (
+    BranchBatchNorm2d,
     NestedBatchNorm2d,
     SynchronisedBatchNorm2d,
     synchronise_batch_norm,
@@ -19,9 +20,12 @@ class _Net(nn.Module):
         super().__init__()
         self.nested = NestedBatchNorm2d(6, 2, 3, affine="private")
         self.plain = nn.BatchNorm2d(4)
+        self.branches = BranchBatchNorm2d(4, 4)
 
     def forward(self, x):
-        return self.plain(self.nested(x, 1, 2, (1, 5)))
+        routes = x[:, :3, 0, 0].argsort(1)[:, :2]  # an image's own, whatever process it is on
+        y = self.branches(self.plain(self.nested(x, 1, 2, (1, 5))), routes)
+        return 2 * y[:, 0] - y[:, 1]
 
 
 def _net():
