@@ -206,7 +206,6 @@ def cases(quick: bool) -> Iterator[Case]:
         yield replace(wide, branches=50)
         if not quick:
             yield replace(wide, batch=1)
-            yield replace(wide, batch=128)
 
 
 def measure(case: Case, quick: bool) -> dict[str, Any]:
@@ -386,6 +385,11 @@ def main() -> None:
         if arguments.part in (None, case.stage):
             rows.append(measure(case, arguments.quick))
             print(case.title(), show(rows[-1]), flush=True)
+            write(rows, arguments)  # what was measured stays if a later case is interrupted
+
+
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """The rows in every form and place that was asked for."""
     out: Path | None = arguments.out
     for path in (arguments.json, out and out / f"{NAME}.json"):
         if path:
