@@ -23,19 +23,22 @@ from pyeff.nn.branch_trace import (
     unsupported,
 )
 from pyeff.ops import BranchPlan
+from pyeff.ops._packed import on_clear
 from pyeff.ops.branch_stage import branch_stage
 from pyeff.ops.top_k_routes import Routes
 
-# How many steps optimisers have made: fused ones do not raise the version of a parameter.
-_optimizer_steps = 0
+# How often weights may have changed without a new version: fused optimisers raise none, and
+# clear_packed is there to say that something else did not.
+_unseen_changes = 0
 
 
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+def _count_change(*_: Any) -> None:
+    global _unseen_changes
+    _unseen_changes += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_count_change)
+on_clear(_count_change)
 
 
 class Branches(nn.Module):
@@ -190,7 +193,7 @@ class Branches(nn.Module):
         """The plan of the tensors as they are, or why there is none."""
         state: tuple[Any, ...] | None = None
         if not any(tensor.is_inference() for tensor in tensors):  # those have no version
-            state = (_optimizer_steps, *((t.data_ptr(), t._version) for t in tensors))
+            state = (_unseen_changes, *((t.data_ptr(), t._version) for t in tensors))
             if self._planned is not None and self._planned[0] == state:
                 return self._planned[1]
         try:
