@@ -1,6 +1,7 @@
 """Convolutions side by side, of which every image runs k."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,17 @@ class BranchConv2d(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BranchConv2d":
+        # A memory format, which .to() may ask for, is one of [O, C, kh, kw]; the kernels read
+        # stacked weights as they are stacked, whatever the format of a single one.
+        def of_one(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).contiguous().unflatten(0, tensor.shape[:2])
+
+        super()._apply(of_one, recurse)
+        return self
 
     def forward(self, x: Tensor, routes: Routes | Tensor) -> Tensor:
         """Convolves every image with the branches that it is routed to.

@@ -356,3 +356,19 @@ def test_layers_alone():
         BranchConv2d(4, 6, 3, groups=3, branches=3)
     with pytest.raises(ValueError, match="must be positive, got 0, 4, 6 and 1"):
         BranchConv2d(4, 6, 3, branches=0)
+
+
+def test_a_memory_format_for_the_whole_network():
+    branches = cases.branches_of("basic").eval()
+    x, routes = images(), cases.some_routes(N, B, K)
+    with torch.no_grad():
+        expected = branches(x, routes)
+        moved = branches.to(memory_format=torch.channels_last)
+        assert moved is branches
+        weight = branches.stack.conv1.weight
+        assert weight.is_contiguous()
+        assert weight.dim() == 5
+        assert_close(branches(x, routes), expected, "channels_last")
+        # Back from another dtype, as .to() does both at once.
+        half = branches.to(torch.float32, memory_format=torch.channels_last)
+        assert half.stack.conv1.weight.dtype == torch.float32
