@@ -92,7 +92,7 @@ class Plan:
         settings: dict[str, Any] = {}
         if arm in HYDRA_ARMS:
             model = dict(self.hydranet)
-            settings["partition"] = "random" if arm == "random" else "auto"
+            settings["partition"] = "auto" if arm == "clustered" else "random"
             if arm == "learn":
                 model["gate"] = "learn"
             elif arm == "clustered":
