@@ -116,6 +116,11 @@ def joined(device_name: str) -> Iterator[Processes]:
     try:
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), device)
+            # Nobody takes the group apart while its threads may still be busy with somebody's last
+            # call: a process that ended then was once aborted on its way out. Not in `finally`,
+            # where a process that failed would wait for the others.
+            if started:
+                dist.barrier()
         else:
             yield Processes(0, 1, device)
     finally:
