@@ -24,8 +24,8 @@ OPERATORS: dict[str, dict[str, str]] = {
         "triton_kernels/{op}.py": "branch_conv2d on maps of one pixel",
         "benchmarks/ops/bench_{op}.py": "branch_conv2d on maps of one pixel",
     },
-    "combine": {"benchmarks/ops/bench_{op}.py": "part of the models' benchmark"},
-    "top_k_routes": {"benchmarks/ops/bench_{op}.py": "part of the models' benchmark"},
+    "combine": {"benchmarks/ops/bench_{op}.py": "timed within a whole HydraNet"},
+    "top_k_routes": {"benchmarks/ops/bench_{op}.py": "timed within a whole HydraNet"},
 }
 SLICE = [
     "csrc/pyeff/{op}.h",

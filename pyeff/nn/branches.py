@@ -27,8 +27,8 @@ from pyeff.ops._packed import on_clear
 from pyeff.ops.branch_stage import branch_stage
 from pyeff.ops.top_k_routes import Routes
 
-# How often weights may have changed without a new version: fused optimisers raise none, and
-# clear_packed is there to say that something else did not.
+# How often weights may have changed without a new version: fused optimisers raise none, and a call
+# of clear_packed says that something else wrote them unseen.
 _unseen_changes = 0
 
 
