@@ -73,6 +73,7 @@ class Plan:
         recipe: settings of all runs.
         seeds: of the first static network and the clustered HydraNet.
         ablation_seeds: of the other arms.
+        hydra_recipe: settings of the HydraNets' training alone.
     """
 
     data: Path
@@ -82,6 +83,7 @@ class Plan:
     recipe: dict[str, Any]
     seeds: tuple[int, ...]
     ablation_seeds: tuple[int, ...]
+    hydra_recipe: dict[str, Any]
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """Which seeds an arm is trained with."""
@@ -93,6 +95,7 @@ class Plan:
         if arm in HYDRA_ARMS:
             model = dict(self.hydranet)
             settings["partition"] = "auto" if arm == "clustered" else "random"
+            settings.update(self.hydra_recipe)
             if arm == "learn":
                 model["gate"] = "learn"
             elif arm == "clustered":
@@ -260,6 +263,8 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--limit-train", type=int)
     parser.add_argument("--limit-test", type=int)
     parser.add_argument("--precision", default=RECIPE["precision"])
+    parser.add_argument("--branch-mean", default="routed", choices=("batch", "routed"))
+    parser.add_argument("--gate-loss-weight", type=float, default=1.0)
     for name in ("n-b", "k", "d"):
         parser.add_argument(f"--{name}", type=int, default=HYDRANET[name.replace("-", "_")])
     for name in ("w-s", "w-b", "w-g"):
@@ -281,6 +286,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         recipe={**RECIPE, **recipe},
         seeds=tuple(arguments.seeds),
         ablation_seeds=tuple(arguments.ablation_seeds),
+        hydra_recipe={k: named(k) for k in ("branch_mean", "gate_loss_weight")},
     )
 
 

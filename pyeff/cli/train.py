@@ -250,6 +250,12 @@ _HYDRANET: list[_Option] = [
         "First epochs in which the branch that owns the class always runs.",
     ),
     (
+        "branch-mean",
+        str,
+        "batch",
+        "What a branch's gradient is the mean over: batch, or routed (the images that it got).",
+    ),
+    (
         "partition",
         str,
         "auto",

@@ -10,6 +10,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "task_rule": ("joint", "alternate"),
     "precision": ("fp32", "bf16", "fp64"),
     "partition_method": ("greedy", "assignment"),
+    "branch_mean": ("batch", "routed"),
 }
 # These change where or how long a run works, never what it computes.
 _FREE = ("data", "out", "device", "progress", "save_every", "eval_every")
@@ -47,6 +48,10 @@ class TrainConfig:
         gate_loss_weight: for HydraNets with a supervised gate: weight of the gate's own loss.
         teacher_forcing_epochs: for the same: in so many first epochs the branch that owns an
             image's class is always among the chosen.
+        branch_mean: for HydraNets: what a branch's gradient is the mean over. ``batch`` is the loss's
+            own gradient, in which an image that took other branches counts as zero; ``routed``
+            multiplies it by n_b / k, so that a branch learns from its share of the images at the
+            rate of a network that has no other images.
         partition: for the same: which branch owns which class. ``auto`` clusters the classes by the
             outputs of a reference classifier, ``random`` deals them out, anything else names a
             JSON file as :func:`pyeff.train.partition_run.write_partition` writes it.
@@ -97,6 +102,7 @@ class TrainConfig:
     prune_until: float = 0.5
     gate_loss_weight: float = 1.0
     teacher_forcing_epochs: int = 0
+    branch_mean: str = "batch"
     partition: str = "auto"
     partition_method: str = "greedy"
     reference: str | None = None

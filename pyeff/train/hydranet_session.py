@@ -50,6 +50,21 @@ class HydraSession(Session):
             compile=config.compile,
         )
 
+    def scale_gradients(self) -> None:
+        """Means over the images that a branch got, if ``branch_mean`` asks for them.
+
+        A loss is a mean over the batch, and an image's gradient is zero in the branches that it
+        did not take: a branch's gradient is k / n_b of what its own images alone would give. With
+        batch norm behind every convolution, that is a learning rate lower by as much.
+        """
+        if self.config.branch_mean == "batch":
+            return
+        model = cast(HydraNet, self.model)
+        # The bias of the classes belongs to all images.
+        owned = (*model.branches.parameters(), model.combiner.weight)
+        gradients = [p.grad for p in owned if p.grad is not None]
+        torch._foreach_mul_(gradients, model.n_b / model.k)
+
     def restore(self) -> None:
         """Takes up the run, this epoch's counts included."""
         super().restore()

@@ -231,10 +231,14 @@ class Session:
             connected.sum().backward()
             losses = self.processes.mean(connected.detach())
         self._check_finite(losses, list(batches), levels, step)
+        self.scale_gradients()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         return losses
+
+    def scale_gradients(self) -> None:
+        """What a kind of network does to its gradients before they are clipped and used."""
 
     def _check_finite(self, losses: Tensor, names: list[str], levels: list[int], step: int) -> None:
         finite = torch.isfinite(losses)
