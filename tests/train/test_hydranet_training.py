@@ -59,7 +59,7 @@ def test_learns_the_digits_and_the_gate_its_groups(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"teacher_forcing_epochs": 1, "precision": "bf16"},
+        {"teacher_forcing_epochs": 1, "precision": "bf16", "branch_mean": "routed"},
         {"model": {**MODEL, "gate": "noisy_topk"}, "calibrate": 2},
         {"model": {**MODEL, "gate": "learn", "k": 1}, "clip": 1.0},
     ],
@@ -101,6 +101,30 @@ def test_records_have_the_gate_of_the_epoch(tmp_path):
     evaluate(result.model, trainer.tasks, statistics=statistics)
     assert second["gate"]["test"] == statistics.summary().to_json(whole=False)
     assert result.gate == statistics.summary()
+
+
+def test_branches_learn_from_the_mean_over_their_images(tmp_path):
+    """One step of plain gradient descent in float64: how far each parameter went."""
+
+    def trained(name, **changes):
+        config = hydra_config(
+            tmp_path / name,
+            **{"epochs": 1, "limit_train": 32, "batch_size": 32, "precision": "fp64"},
+            **{"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, **changes},
+        )
+        return Trainer(config).fit().model
+
+    start = trained("start", lr=1e-300)
+    batch, routed = trained("batch", lr=0.1), trained("routed", lr=0.1, branch_mean="routed")
+    factor, moved = start.n_b / start.k, set()
+    others = zip(batch.named_parameters(), routed.parameters(), strict=True)
+    for ((name, a), b), origin in zip(others, start.parameters(), strict=True):
+        owned = name.startswith("branches.") or name == "combiner.weight"
+        assert torch.allclose(b - origin, (factor if owned else 1) * (a - origin), atol=1e-15), name
+        if not torch.equal(a, origin):
+            moved.add(name.split(".")[0])
+    assert factor > 1
+    assert moved == {"stem", "gate", "branches", "combiner"}
 
 
 def test_teacher_forcing_ends_with_its_epochs(tmp_path, monkeypatch):
