@@ -48,10 +48,10 @@ class TrainConfig:
         gate_loss_weight: for HydraNets with a supervised gate: weight of the gate's own loss.
         teacher_forcing_epochs: for the same: in so many first epochs the branch that owns an
             image's class is always among the chosen.
-        branch_mean: for HydraNets: what a branch's gradient is the mean over. ``batch`` is the loss's
-            own gradient, in which an image that took other branches counts as zero; ``routed``
-            multiplies it by n_b / k, so that a branch learns from its share of the images at the
-            rate of a network that has no other images.
+        branch_mean: for HydraNets: what a branch's gradient is the mean over. ``batch`` is the
+            loss's own gradient, in which an image that took other branches counts as zero;
+            ``routed`` multiplies it by n_b / k, so that a branch learns from its share of the
+            images at the rate of a network that has no other images.
         partition: for the same: which branch owns which class. ``auto`` clusters the classes by the
             outputs of a reference classifier, ``random`` deals them out, anything else names a
             JSON file as :func:`pyeff.train.partition_run.write_partition` writes it.
