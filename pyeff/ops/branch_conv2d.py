@@ -2,20 +2,14 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import (
-    check_bias,
-    check_tensor,
-    check_together,
-    index_of,
-    require,
-    route_index,
-)
-from pyeff.ops._branch_calls import KnownCalls
+from pyeff.ops._branch_args import check_bias, index_of, route_index
 from pyeff.ops._branch_conv2d_backends import OP, Call, cpp_call
 from pyeff.ops._branch_conv2d_op import run
 from pyeff.ops._branch_maps import Conv
 from pyeff.ops._conv_args import Pair, padding_sides, pair
 from pyeff.ops._eager import is_plain
+from pyeff.ops._known_calls import KnownCalls
+from pyeff.ops._tensor_args import check_tensor, check_together, require
 from pyeff.ops.top_k_routes import Routes
 
 

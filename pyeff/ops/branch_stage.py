@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from pyeff.ops import _branch_stage_backends as backends
-from pyeff.ops._branch_args import check_tensor, require, route_index
+from pyeff.ops._branch_args import route_index
 from pyeff.ops._branch_index import kernel_index
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_stage_op import forward_op, refuse_gradient
 from pyeff.ops._branch_steps import OP
 from pyeff.ops._dispatch import forced_backend
 from pyeff.ops._eager import is_plain
+from pyeff.ops._tensor_args import check_tensor, require
 from pyeff.ops.top_k_routes import Routes
 
 

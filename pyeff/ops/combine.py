@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import check_bias, check_tensor, check_together, require, route_index
-from pyeff.ops._branch_calls import KnownCalls
+from pyeff.ops._branch_args import check_bias, route_index
 from pyeff.ops._branch_combine_op import OP, run
 from pyeff.ops._eager import is_plain
+from pyeff.ops._known_calls import KnownCalls
+from pyeff.ops._tensor_args import check_tensor, check_together, require
 from pyeff.ops.top_k_routes import Routes
 
 
