@@ -15,7 +15,8 @@ def seed_of(*words: object) -> int:
     return random.Random("/".join(str(w) for w in words)).getrandbits(63)
 
 
-def _generator(*words: object) -> torch.Generator:
+def generator_of(*words: object) -> torch.Generator:
+    """A generator on the CPU with the seed of some words."""
     return torch.Generator().manual_seed(seed_of(*words))
 
 
@@ -66,13 +67,46 @@ def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) ->
     return gathered.view(n, height, width, channels)
 
 
+class SampleOrder:
+    """In which order samples are drawn: permutation after permutation, laid end to end.
+
+    Args:
+        count: number of samples.
+        batch_size: samples a step.
+        words: what the order depends on, the run's seed among them.
+    """
+
+    def __init__(self, count: int, batch_size: int, *words: object) -> None:
+        self._count, self._batch_size, self._words = count, batch_size, words
+        self._rounds: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Tensor:
+        """Which samples batch ``step`` holds: int64 ``[batch_size]``."""
+        place, taken = step * self._batch_size, []
+        wanted = self._batch_size
+        while wanted:
+            round_, offset = divmod(place, self._count)
+            piece = self._order(round_)[offset : offset + wanted]
+            taken.append(piece)
+            place, wanted = place + len(piece), wanted - len(piece)
+        return torch.cat(taken)
+
+    def _order(self, round_: int) -> Tensor:
+        if round_ not in self._rounds:
+            order = torch.randperm(
+                self._count, generator=generator_of("order", *self._words, round_)
+            )
+            kept = {r: o for r, o in self._rounds.items() if r == round_ - 1}
+            self._rounds = {**kept, round_: order}
+        return self._rounds[round_]
+
+
 class BatchStream:
     """The endless row of a task's training batches; batch ``step`` depends on nothing before it.
 
-    Images are drawn without replacement: permutation after permutation, laid end to end, so that
-    a small set is simply seen more often than a large one. Under several ranks the whole batch is
-    drawn alike everywhere and each rank takes its rows: together they have exactly the batch that
-    one process would have.
+    Images are drawn without replacement, so that a small set is simply seen more often than a large
+    one. Under several ranks the whole batch is drawn alike everywhere and each rank takes its rows:
+    together they have exactly the batch that one process would have.
 
     Args:
         task: the images.
@@ -98,29 +132,13 @@ class BatchStream:
                 f"BatchStream: batch_size must be a multiple of the {ranks} processes, got "
                 f"{batch_size}"
             )
-        self._task, self._batch_size, self._seed = task, batch_size, seed
+        self._task, self._seed = task, seed
         self._augmented, self._rank, self._ranks = augmented, rank, ranks
-        self._rounds: dict[int, Tensor] = {}
+        self._order = SampleOrder(len(task.train_labels), batch_size, seed, task.name)
 
     def indices(self, step: int) -> Tensor:
         """Which images batch ``step`` holds, over all ranks: int64 ``[batch_size]``."""
-        count = len(self._task.train_labels)
-        place, taken = step * self._batch_size, []
-        wanted = self._batch_size
-        while wanted:
-            round_, offset = divmod(place, count)
-            piece = self._order(round_)[offset : offset + wanted]
-            taken.append(piece)
-            place, wanted = place + len(piece), wanted - len(piece)
-        return torch.cat(taken)
-
-    def _order(self, round_: int) -> Tensor:
-        if round_ not in self._rounds:
-            generator = _generator("order", self._seed, self._task.name, round_)
-            order = torch.randperm(len(self._task.train_labels), generator=generator)
-            kept = {r: o for r, o in self._rounds.items() if r == round_ - 1}
-            self._rounds = {**kept, round_: order}
-        return self._rounds[round_]
+        return self._order.indices(step)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's rows of batch ``step``.
@@ -131,7 +149,7 @@ class BatchStream:
         chosen = self.indices(step)
         images = self._task.train_images[chosen]
         if self._augmented:
-            generator = _generator("augment", self._seed, self._task.name, step)
+            generator = generator_of("augment", self._seed, self._task.name, step)
             images = augment(images, self._task.pad, self._task.flip, generator)
         share = len(chosen) // self._ranks
         mine = slice(self._rank * share, (self._rank + 1) * share)

@@ -49,3 +49,21 @@ def learning_rate(
             f"{schedule!r}"
         )
     return peak * (1.0 if step < 0.5 * steps else 0.1 if step < 0.75 * steps else 0.01)
+
+
+def poly_learning_rate(epoch: int, epochs: int, *, peak: float, power: float) -> float:
+    """The learning rate of one epoch: ``peak * (1 - epoch / epochs) ** power``.
+
+    Args:
+        epoch: 0-based.
+        epochs: of the whole run, or of one of its stages.
+        peak: of the first epoch.
+        power: how it falls; 0 is constant, 1 a straight line.
+
+    Returns:
+        The rate, above 0.
+
+    Source: with power 0.9, stepped by the epoch: Romera et al., "ERFNet", T-ITS 2018 (released
+        PyTorch code).
+    """
+    return peak * (1 - epoch / epochs) ** power

@@ -1,0 +1,104 @@
+"""What a network for segmentation is trained with: targets of its size, class weights, the loss."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyeff.train.segmentation_data import IGNORE
+
+# Offsets of the weights' formula, for labels at 1/8 and at the full size.
+ENCODER_OFFSET, FULL_OFFSET = 1.20, 1.10
+_CHUNK = 64
+
+
+def targets_for(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels at the size of a network's output: of each of its cells the pixel in the middle.
+
+    Args:
+        labels: ``[N, H, W]``.
+        size: ``(h, w)`` of the output, ``(ceil(H / s), ceil(W / s))`` for a stride ``s``.
+
+    Returns:
+        ``[N, h, w]``; ``labels`` itself where the sizes are equal. A cell whose middle lies beyond
+        the picture (the network padded it) belongs to no class.
+
+    Raises:
+        ValueError: the output does not have such a size.
+    """
+    height, width = labels.shape[1:]
+    stride = -(-height // size[0])
+    if (-(-height // stride), -(-width // stride)) != size:
+        raise ValueError(
+            f"targets_for: size must be that of labels {[height, width]} divided by a stride, got "
+            f"{list(size)}"
+        )
+    if stride == 1:
+        return labels
+    below, beside = size[0] * stride - height, size[1] * stride - width
+    padded = functional.pad(labels, (0, beside, 0, below), value=IGNORE)
+    return padded[:, stride // 2 :: stride, stride // 2 :: stride]
+
+
+def class_counts(labels: Tensor, classes: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Pixels of every class in a split.
+
+    Args:
+        labels: uint8 ``[N, H, W]``.
+        classes: how many there are.
+        size: count in labels of that size, see :func:`targets_for`.
+
+    Returns:
+        float64 ``[classes + 1]``; the last one counts pixels of no class.
+    """
+    counts = torch.zeros(256, dtype=torch.int64)
+    for piece in labels.split(_CHUNK):
+        seen = piece if size is None else targets_for(piece, size)
+        counts += torch.bincount(seen.reshape(-1).int(), minlength=256)
+    return torch.cat([counts[:classes], counts[IGNORE:]]).double()
+
+
+def class_weights(counts: Tensor, offset: float) -> Tensor:
+    """Weights of the classes in the loss: ``1 / ln(offset + p)``.
+
+    Args:
+        counts: what :func:`class_counts` gave; ``p`` is a class's share of all pixels, those of no
+            class among them.
+        offset: above 1; the nearer to 1, the more rare classes weigh.
+
+    Returns:
+        float32 ``[classes]``.
+
+    Source: Paszke et al., "ENet", 2016, with the offsets of ERFNet's released training code.
+    """
+    share = counts[:-1] / counts.sum()
+    return (1 / torch.log(offset + share)).float()
+
+
+def pixel_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor, mean: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Cross entropy of all pixels that have a class, weighted by it.
+
+    ``sum_i w[t_i] * -log softmax(logits_i)[t_i] / sum_i w[t_i]``, where the lower sum runs over the
+    pixels of all processes and is divided by their number, so that the mean of the processes'
+    gradients is that of the joint batch.
+
+    Args:
+        logits: ``[N, classes, h, w]``, float32 or float64.
+        targets: int64 ``[N, h, w]``, 255 for no class.
+        weights: ``[classes]``.
+        mean: the mean of a tensor over the processes.
+
+    Returns:
+        A scalar; 0 where no pixel has a class.
+    """
+    weights = weights.to(logits.dtype)
+    # One more place, of weight 0, for pixels of no class.
+    padded = torch.cat([weights, weights.new_zeros(1)])
+    total = padded[targets.clamp(max=len(weights))].sum()
+    loss = functional.cross_entropy(
+        logits, targets, weight=weights, ignore_index=IGNORE, reduction="sum"
+    )
+    return loss / mean(total).clamp_min(torch.finfo(logits.dtype).tiny)
