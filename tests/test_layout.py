@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPERATORS: dict[str, dict[str, str]] = {
     "nested_conv2d": {},
     "branch_conv2d": {},
+    "factorized_conv2d": {},
     "branch_stage": {
         "triton_kernels/{op}.py": "inference on the CPU; on a GPU the CUDA issue brings it",
         "benchmarks/ops/bench_{op}.py": "measured beside branch_conv2d",

@@ -7,6 +7,7 @@ from pyeff.ops.branch_conv2d import branch_conv2d
 from pyeff.ops.branch_linear import branch_linear
 from pyeff.ops.branch_stage import branch_stage
 from pyeff.ops.combine import combine
+from pyeff.ops.factorized_conv2d import factorized_conv2d
 from pyeff.ops.nested_conv2d import nested_conv2d
 from pyeff.ops.top_k_routes import Routes, top_k_routes
 
@@ -19,6 +20,7 @@ __all__ = [
     "branch_stage",
     "clear_packed",
     "combine",
+    "factorized_conv2d",
     "isa",
     "nested_conv2d",
     "top_k_routes",

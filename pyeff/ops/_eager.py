@@ -15,7 +15,7 @@ _autocast = torch._C._is_any_autocast_enabled
 _tracing = torch._C._get_tracing_state
 
 
-def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None) -> bool:
     """True in ordinary eager mode on ordinary CPU or CUDA tensors.
 
     Everything that has to see the call (compilers, tracers, modes, functorch, tensor subclasses,
@@ -32,6 +32,7 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or x.is_neg()
         or weight.is_neg()
         or (bias is not None and bias.is_neg())
+        or any(t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in others)
         or _dispatch_modes()
         or _function_modes()
         or _functorch_level() is not None

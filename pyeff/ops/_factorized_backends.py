@@ -1,0 +1,101 @@
+"""The backends of factorized_conv2d, each with a forward and a backward.
+
+Every function takes checked arguments. The backward is that of the two convolutions and the inner
+activation alone; what follows them is undone by ``_factorized_op``, for all backends alike.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyeff.ops import _factorized_torch as aten
+from pyeff.ops._dispatch import choose
+from pyeff.ops._factorized_pair import FactorPair
+from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
+
+OP = "factorized_conv2d"
+Grads = tuple[Tensor | None, ...]
+
+
+class Tensors(NamedTuple):
+    """The tensor arguments, in the order of the schema."""
+
+    x: Tensor  # [N, C, H, W]
+    w_first: Tensor  # [L, C, n, 1] or [L, C, 1, n]
+    b_first: Tensor | None  # [L]
+    w_second: Tensor  # [F, L, 1, n] or [F, L, n, 1]
+    b_second: Tensor | None  # [F]
+    scale: Tensor | None  # [F]
+    shift: Tensor | None  # [F]
+    residual: Tensor | None  # [N, F, H', W']
+
+
+def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> Tensor:
+    """y [N, F, H', W'], channels_last; ``recording`` says that a weight gradient will follow."""
+    name = choose(OP, tensors.x, direction="train" if recording else "forward")
+    if name == "torch":
+        x, w_first, b_first, w_second, b_second, *epilogue = tensors
+        scale, shift, residual = epilogue
+        return aten.forward(
+            x, (w_first, b_first), (w_second, b_second), (scale, shift, residual), pair
+        )
+    if name == "reference":
+        return by_reference(tensors, pair)
+    raise refusal(name)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    w_second: Tensor,
+    pair: FactorPair,
+    wanted: tuple[bool, ...],
+) -> Grads:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
+
+    Args:
+        grad: Gradient of the second convolution's result, [N, F, H', W'].
+        x: [N, C, H, W].
+        first: Weight and bias of the first convolution.
+        w_second: Of the second, with the scale multiplied in.
+        pair: The rest; ``outer`` plays no part.
+        wanted: One for each gradient.
+    """
+    name = choose(OP, x, direction="backward")
+    if name in ("torch", "reference"):
+        return aten.backward(grad, x, first, w_second, pair, wanted)
+    raise refusal(name)
+
+
+def by_reference(tensors: Tensors, pair: FactorPair) -> Tensor:
+    """The reference, channels_last; autograd differentiates it, in every way."""
+    y = compose(tensors, pair)
+    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def compose(tensors: Tensors, pair: FactorPair) -> Tensor:
+    """The reference for one pair."""
+    x, w_first, b_first, w_second, b_second, scale, shift, residual = tensors
+    return reference(
+        x,
+        w_first,
+        b_first,
+        w_second,
+        b_second,
+        stride=pair.stride,
+        padding=pair.padding,
+        dilation=pair.dilation,
+        inner=pair.inner,
+        scale=scale,
+        shift=shift,
+        residual=residual,
+        outer=pair.outer,
+    )
+
+
+def refusal(name: str) -> Exception:
+    """What a backend without kernels is answered with."""
+    return NotImplementedError(
+        f"{OP}: backend {name} has no kernels for this operator yet; use torch"
+    )

@@ -1,0 +1,51 @@
+"""How the two convolutions of a pair lie on the map, and what surrounds them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyeff.ops._conv_args import Pair, output_size
+
+ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish")
+
+
+class FactorPair(NamedTuple):
+    """Everything but the tensors; one stride, padding and dilation for both axes."""
+
+    stride: int
+    padding: int
+    dilation: int
+    inner: str | None
+    outer: str | None
+
+    def output_size(self, x: Sequence[int], taps: int) -> Pair:
+        """(H', W') for the shape [N, C, H, W] of x."""
+        height, width = x[2:]
+        return self._along(height, taps), self._along(width, taps)
+
+    def middle_size(self, x: Sequence[int], taps: int, vertical: bool) -> Pair:
+        """(height, width) of the map between the two; ``vertical`` says that the first one is."""
+        height, width = x[2:]
+        if vertical:
+            return self._along(height, taps), width
+        return height, self._along(width, taps)
+
+    def window(self, vertical: bool) -> tuple[Pair, Pair, Pair]:
+        """Stride, padding and dilation of one of the two, as conv2d takes them."""
+        if vertical:
+            return (self.stride, 1), (self.padding, 0), (self.dilation, 1)
+        return (1, self.stride), (0, self.padding), (1, self.dilation)
+
+    def _along(self, size: int, taps: int) -> int:
+        return output_size(size, taps, self.stride, self.padding, self.padding, self.dilation)
+
+
+def taps_of(weight: Tensor) -> int:
+    """n of a weight [O, I, n, 1] or [O, I, 1, n]."""
+    return weight.shape[2] * weight.shape[3]
+
+
+def is_vertical_first(w_first: Tensor) -> bool:
+    """Whether the first one has its taps along the height; so has a pair of single taps."""
+    return w_first.shape[3] == 1

@@ -1,0 +1,141 @@
+"""factorized_conv2d composed of ATen's operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyeff.ops._conv_args import as_channels_last, empty_channels_last
+from pyeff.ops._factorized_pair import FactorPair, is_vertical_first
+
+_IN_PLACE: dict[str | None, Callable[[Tensor], Any]] = {
+    None: lambda t: None,
+    "relu": torch.relu_,
+    "relu6": lambda t: F.relu6(t, inplace=True),
+    "silu": lambda t: F.silu(t, inplace=True),
+    "hardswish": lambda t: F.hardswish(t, inplace=True),
+}
+
+
+def forward(
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    second: tuple[Tensor, Tensor | None],
+    epilogue: tuple[Tensor | None, Tensor | None, Tensor | None],
+    pair: FactorPair,
+) -> Tensor:
+    """y [N, F, H', W'], channels_last, without a gradient.
+
+    Args:
+        x: [N, C, H, W].
+        first: Weight and bias of the first convolution.
+        second: Of the second.
+        epilogue: Scale, shift and residual.
+        pair: The rest.
+    """
+    scale, shift, residual = epilogue
+    y = _convolve(middle_map(x, *first, pair)[1], *second, not is_vertical_first(first[0]), pair)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift[:, None, None], y, scale[:, None, None])
+    elif scale is not None:
+        y.mul_(scale[:, None, None])
+    elif shift is not None:
+        y.add_(shift[:, None, None])
+    if residual is not None:
+        y.add_(residual)
+    _IN_PLACE[pair.outer](y)
+    return _channels_last(y)
+
+
+def middle_map(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: FactorPair
+) -> tuple[Tensor, Tensor]:
+    """The map between the two, before and after its activation (one tensor where that suffices).
+
+    The derivatives of ReLU and ReLU6 follow from their results.
+    """
+    before = _convolve(as_channels_last(x), weight, bias, is_vertical_first(weight), pair)
+    if pair.inner in (None, "relu", "relu6"):
+        _IN_PLACE[pair.inner](before)
+        return before, before
+    after = before.clone()
+    _IN_PLACE[pair.inner](after)
+    return before, after
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    w_second: Tensor,
+    pair: FactorPair,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
+
+    Args:
+        grad: Gradient of the second convolution's result, [N, F, H', W'].
+        x: [N, C, H, W].
+        first: Weight and bias of the first convolution.
+        w_second: Of the second.
+        pair: The rest; ``outer`` plays no part.
+        wanted: One for each gradient.
+    """
+    w_first, b_first = first
+    vertical = is_vertical_first(w_first)
+    through = any(wanted[:3])
+    grad, x = as_channels_last(grad), as_channels_last(x)
+    before, after = middle_map(x, w_first, b_first, pair)
+    grad_middle, grad_w_second, grad_b_second = _convolve_backward(
+        grad, after, w_second, not vertical, pair, (through, wanted[3], wanted[4])
+    )
+    if not through:
+        return None, None, None, grad_w_second, grad_b_second
+    del after
+    grad_middle = activation_backward(grad_middle, before, pair.inner)
+    del before
+    firsts = _convolve_backward(
+        grad_middle, x, w_first, vertical, pair, (wanted[0], wanted[1], wanted[2])
+    )
+    return *firsts, grad_w_second, grad_b_second
+
+
+def activation_backward(grad: Tensor, at: Tensor, name: str | None) -> Tensor:
+    """grad times the derivative at ``at``, of relu and relu6 also at their result."""
+    if name is None:
+        return grad
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, at, 0)
+    if name == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad, at, 0.0, 6.0)
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, at)
+    return torch.ops.aten.hardswish_backward(grad, at)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, vertical: bool, pair: FactorPair
+) -> Tensor:
+    return F.conv2d(x, weight, bias, *pair.window(vertical))
+
+
+def _convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    vertical: bool,
+    pair: FactorPair,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation = pair.window(vertical)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), 1, wanted
+    )
+    return grads
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    out = empty_channels_last(y, *y.shape)
+    return y if y.stride() == out.stride() else out.copy_(y)
