@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyeff.nn.branch_lowering import NotInPlanError, build_plan
 from pyeff.nn.branch_state import join_state, split_state, stacked_tensors
@@ -22,23 +21,10 @@ from pyeff.nn.branch_trace import (
     trace,
     unsupported,
 )
+from pyeff.nn.derived import DerivedValue
 from pyeff.ops import BranchPlan
-from pyeff.ops._packed import on_clear
 from pyeff.ops.branch_stage import branch_stage
 from pyeff.ops.top_k_routes import Routes
-
-# How often weights may have changed without a new version: fused optimisers raise none, and a call
-# of clear_packed says that something else wrote them unseen.
-_unseen_changes = 0
-
-
-def _count_change(*_: Any) -> None:
-    global _unseen_changes
-    _unseen_changes += 1
-
-
-register_optimizer_step_post_hook(_count_change)
-on_clear(_count_change)
 
 
 class Branches(nn.Module):
@@ -95,7 +81,7 @@ class Branches(nn.Module):
         self.register_state_dict_post_hook(split_state)
         self.register_load_state_dict_pre_hook(join_state)
         self._draw(template, init)
-        self._planned: tuple[tuple[Any, ...], BranchPlan | NotInPlanError] | None = None
+        self._planned: DerivedValue[BranchPlan | NotInPlanError] = DerivedValue()
         self._warned = False
         self.train(template.training)
 
@@ -153,6 +139,11 @@ class Branches(nn.Module):
         plan = self._plan_for(x)
         return self._run(x, routes) if plan is None else branch_stage(x, routes, plan)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Branches":
+        super()._apply(fn, recurse)
+        self._planned.clear()
+        return self
+
     def plan(self) -> BranchPlan:
         """The whole branch as one plan for :func:`pyeff.ops.branch_stage`, of the weights now.
 
@@ -178,7 +169,7 @@ class Branches(nn.Module):
             torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
         ):
             return None
-        planned = self._current_plan(tensors)
+        planned = self._planned.get(tensors, self._plan_or_reason)
         if isinstance(planned, BranchPlan):
             return planned
         if not self._warned:
@@ -189,20 +180,12 @@ class Branches(nn.Module):
             )
         return None
 
-    def _current_plan(self, tensors: list[Tensor]) -> BranchPlan | NotInPlanError:
+    def _plan_or_reason(self) -> BranchPlan | NotInPlanError:
         """The plan of the tensors as they are, or why there is none."""
-        state: tuple[Any, ...] | None = None
-        if not any(tensor.is_inference() for tensor in tensors):  # those have no version
-            state = (_unseen_changes, *((t.data_ptr(), t._version) for t in tensors))
-            if self._planned is not None and self._planned[0] == state:
-                return self._planned[1]
         try:
-            planned: BranchPlan | NotInPlanError = self.plan()
+            return self.plan()
         except NotInPlanError as error:
-            planned = error
-        if state is not None:
-            self._planned = (state, planned)
-        return planned
+            return error
 
     def _run(self, x: Tensor, routes: Routes) -> Tensor:
         """The template's calls one after another, each for all pairs."""
@@ -267,10 +250,6 @@ class Branches(nn.Module):
         if result.shape[0] != pairs[0] * pairs[1]:
             raise unsupported("", f"{call.target}, which does not keep the rows of the batch apart")
         return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A plan is cheap to make again, and belongs to the tensors that it was made of.
-        return {**self.__dict__, "_planned": None}
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

@@ -1,0 +1,88 @@
+"""Batch norms in eval mode: a scale and a shift, which a layer folds into its weights."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyeff.nn.derived import DerivedValue
+from pyeff.ops import clear_packed
+
+T = TypeVar("T")
+
+
+def is_affine(norm: nn.BatchNorm2d | None) -> bool:
+    """Whether the norm uses its running statistics, so that it can be folded; True for none."""
+    return norm is None or (not norm.training and norm.running_mean is not None)
+
+
+def norm_tensors(norm: nn.BatchNorm2d | None) -> list[Tensor]:
+    """All tensors that :func:`norm_affine` reads."""
+    if norm is None:
+        return []
+    found = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The scale and the shift that the norm applies in eval mode.
+
+    Args:
+        norm: one with running statistics.
+
+    Returns:
+        Two tensors ``[C]``, in float32 at least: halves would lose what the sums keep.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        raise ValueError("norm_affine: norm must have running statistics, got one without")
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    scale = torch.rsqrt(variance.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = -mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+
+
+class FoldsNorms(nn.Module, Generic[T]):
+    """A layer that computes its weights in eval mode anew only when a tensor of it changed.
+
+    A subclass says what the folded form is (:meth:`_fold`) and which tensors it reads
+    (:meth:`_folded_tensors`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: DerivedValue[T] = DerivedValue()
+
+    def _fold(self) -> T:
+        """The folded form, differentiable."""
+        raise NotImplementedError("FoldsNorms: _fold is what a subclass brings")
+
+    def _folded_tensors(self) -> list[Tensor]:
+        """All tensors that :meth:`_fold` reads."""
+        raise NotImplementedError("FoldsNorms: _folded_tensors is what a subclass brings")
+
+    def _folded_for(self, *inputs: Tensor | None) -> T:
+        """The folded form for a call with ``inputs``: kept, or computed where gradients flow."""
+        tensors = self._folded_tensors()
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled()
+            and any(t.requires_grad for t in (*inputs, *tensors) if t is not None)
+        ):
+            return self._fold()
+        return self._held.get(tensors, self._fold_once)
+
+    def _fold_once(self) -> T:
+        # Inference tensors have no version, and no packed copy of them would be kept.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._fold()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoldsNorms[T]":
+        # Moving a parameter changes its memory but not its version.
+        super()._apply(fn, recurse)
+        self._held.clear()
+        for parameter in self.parameters():
+            clear_packed(parameter)
+        return self
