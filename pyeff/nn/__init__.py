@@ -6,13 +6,18 @@ from pyeff.nn.branch_conv2d import BranchConv2d
 from pyeff.nn.branch_linear import BranchLinear
 from pyeff.nn.branches import Branches
 from pyeff.nn.combiner import Combiner
+from pyeff.nn.conv_norm2d import ConvNorm2d
+from pyeff.nn.downsampler import Downsampler
+from pyeff.nn.factorized_conv2d import FactorizedConv2d
 from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
 from pyeff.nn.nested_conv2d import NestedConv2d
 from pyeff.nn.nested_linear import NestedLinear
 from pyeff.nn.nested_masked import LevelMask, NestedMaskedConv2d, NestedMaskedLinear
+from pyeff.nn.non_bottleneck_1d import NonBottleneck1d
 from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
 from pyeff.nn.top_k_gate import GateOutput, TopKGate
 from pyeff.nn.units import ChannelUnits, Range
+from pyeff.nn.upsampler import Upsampler
 
 __all__ = [
     "BranchBatchNorm2d",
@@ -21,6 +26,9 @@ __all__ = [
     "Branches",
     "ChannelUnits",
     "Combiner",
+    "ConvNorm2d",
+    "Downsampler",
+    "FactorizedConv2d",
     "GateOutput",
     "LevelMask",
     "NestedBatchNorm2d",
@@ -28,9 +36,11 @@ __all__ = [
     "NestedLinear",
     "NestedMaskedConv2d",
     "NestedMaskedLinear",
+    "NonBottleneck1d",
     "Range",
     "SynchronisedBatchNorm2d",
     "TopKGate",
+    "Upsampler",
     "is_distributed",
     "synchronise_batch_norm",
     "synchronised_batch_norm",

@@ -1,0 +1,80 @@
+"""ERFNet's layer that halves the size of a map: a convolution and a pooling side by side."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
+from pyeff.nn.non_bottleneck_1d import EPS
+
+_Folded = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Downsampler(FoldsNorms[_Folded]):
+    """``relu(norm(cat(conv(x), max_pool(x))))``: 3 x 3 with stride 2, and 2 x 2 with stride 2.
+
+    In eval mode the norm is folded into the convolution; the pooled channels keep it as a scale and
+    a shift.
+
+    Args:
+        in_channels: of the input; so many of the output come from the pooling.
+        out_channels: of the output, more than ``in_channels``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: not more channels out than in.
+
+    Source: Romera et al., "ERFNet", T-ITS 2018.
+
+    Example:
+        >>> Downsampler(3, 16)(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 16, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= in_channels < out_channels:
+            raise ValueError(
+                "Downsampler: out_channels must be more than in_channels, both positive, got "
+                f"{out_channels} and {in_channels}"
+            )
+        self.conv = nn.Conv2d(
+            in_channels, out_channels - in_channels, 3, 2, 1, device=device, dtype=dtype
+        )
+        self.norm = nn.BatchNorm2d(out_channels, EPS, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[N, C, H, W]`` to ``[N, F, ceil(H / 2), ceil(W / 2)]``."""
+        pooled = F.max_pool2d(x, 2, 2, ceil_mode=True)
+        if not is_affine(self.norm):
+            return F.relu(self.norm(torch.cat([self.conv(x), pooled], 1)), inplace=True)
+        weight, bias, scale, shift = self._folded_for(x)
+        convolved = F.conv2d(x, weight, bias, 2, 1)
+        return F.relu(torch.cat([convolved, pooled * scale + shift], 1), inplace=True)
+
+    def _folded_tensors(self) -> list[Tensor]:
+        return [*self.conv.parameters(), *norm_tensors(self.norm)]
+
+    def _fold(self) -> _Folded:
+        """Weight and bias of the convolution; scale and shift of the pooled channels."""
+        weight, bias = self.conv.weight, self.conv.bias
+        scale, shift = norm_affine(self.norm)
+        outputs = self.conv.out_channels
+        gain, offset = scale[:outputs], shift[:outputs]
+        if bias is not None:
+            offset = offset + gain * bias
+        folded = (
+            weight * gain[:, None, None, None],
+            offset,
+            scale[outputs:, None, None],
+            shift[outputs:, None, None],
+        )
+        first, second, third, fourth = (t.to(weight.dtype) for t in folded)
+        return first, second, third, fourth
