@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyeff.measure.memory import peak_activation_bytes
+from pyeff.nn import ConvNorm2d, Downsampler, FactorizedConv2d
+
+_WHOLE = (ConvNorm2d, Downsampler, FactorizedConv2d)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class LayerCost:
 
 
 def layer_costs(model: nn.Module, image: tuple[int, ...]) -> tuple[list[LayerCost], int]:
-    """Counts a network of torch layers in one pass on the meta device.
+    """Counts a network of torch layers on the meta device.
 
     Args:
         model: a network of torch layers on the meta device.
@@ -63,27 +66,61 @@ def layer_costs(model: nn.Module, image: tuple[int, ...]) -> tuple[list[LayerCos
 
     def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            weight = cast(Tensor, layer.weight)
-            positions = out.numel() // weight.shape[0]
-            found.append(LayerCost(name, weight.numel(), weight.numel() * positions))
+            found.extend(_costs_of(name, layer, inputs[0], out))
 
         return count
 
     handles: list[RemovableHandle] = [
-        layer.register_forward_hook(counter(name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
+        layer.register_forward_hook(counter(name)) for name, layer in _counted(model)
     ]
     dtype = next(model.parameters()).dtype
     x = torch.empty(1, *image, device="meta", dtype=dtype)
     if x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     try:
-        peak = peak_activation_bytes(model, x)
+        with torch.no_grad():
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return found, peak
+    # A pass of its own: what a layer computes of its weights once, and keeps, is no activation.
+    return found, peak_activation_bytes(model, x)
+
+
+def _counted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that are counted; one that runs its members as one call, as a whole."""
+    named = dict(model.named_modules())
+    whole = tuple(f"{name}." for name, layer in named.items() if isinstance(layer, _WHOLE))
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *_WHOLE)
+    return [
+        (name, layer)
+        for name, layer in named.items()
+        if isinstance(layer, kinds) and not name.startswith(whole)
+    ]
+
+
+def _costs_of(name: str, layer: nn.Module, x: Tensor, out: Tensor) -> list[LayerCost]:
+    """What one call of a layer costs."""
+    if isinstance(layer, FactorizedConv2d):
+        # The map between the members has one side of x and one of the result.
+        vertical = layer.order == "vertical_first"
+        height, width = (out.shape[2], x.shape[3]) if vertical else (x.shape[2], out.shape[3])
+        return [
+            _cost(f"{name}.first", layer.first, out.shape[0] * height * width),
+            _cost(f"{name}.second", layer.second, out.numel() // out.shape[1]),
+        ]
+    if isinstance(layer, ConvNorm2d | Downsampler):
+        name, layer = f"{name}.conv", layer.conv
+    if isinstance(layer, nn.Linear):
+        return [_cost(name, layer, out.numel() // layer.out_features)]
+    # A transposed convolution puts its kernel at every pixel of its input.
+    side = x if isinstance(layer, nn.ConvTranspose2d) else out
+    return [_cost(name, layer, side.numel() // side.shape[-3])]
+
+
+def _cost(name: str, layer: nn.Module, positions: int) -> LayerCost:
+    weights = cast(Tensor, layer.weight).numel()
+    return LayerCost(name, weights, weights * positions)
 
 
 def measure_cost(

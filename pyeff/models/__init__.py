@@ -2,7 +2,10 @@
 
 from pyeff.models.backbones import BACKBONES, Backbone, backbone_named
 from pyeff.models.build import build
+from pyeff.models.decomposeme import DecomposeMe, dec3, decomposeme
 from pyeff.models.dvn import DVN, dvn
+from pyeff.models.erfnet import ERFNet, erfnet
+from pyeff.models.erfnet_public import DroppedParametersWarning, load_public_state_dict
 from pyeff.models.hydranet import HydraNet, HydraOutput, partition_classes
 from pyeff.models.hydranet_cost import HydraCost, PartCost
 from pyeff.models.hydranet_densenet import hydranet_densenet
@@ -13,6 +16,7 @@ from pyeff.models.materialise import load_backbone
 from pyeff.models.nested_resnet import NestedResNet
 from pyeff.models.nestednet import NestedNet, nestednet
 from pyeff.models.resnet import ResNet, build_backbone
+from pyeff.models.resnet50_decomposed import resnet50_decomposed
 from pyeff.models.units import active_interval, unit_order
 
 __all__ = [
@@ -20,6 +24,9 @@ __all__ = [
     "DVN",
     "Active",
     "Backbone",
+    "DecomposeMe",
+    "DroppedParametersWarning",
+    "ERFNet",
     "HydraCost",
     "HydraNet",
     "HydraOutput",
@@ -31,13 +38,18 @@ __all__ = [
     "backbone_named",
     "build",
     "build_backbone",
+    "dec3",
+    "decomposeme",
     "dvn",
+    "erfnet",
     "hydranet_densenet",
     "hydranet_resnet",
     "hydranet_resnet50",
     "hydranet_ressep",
     "load_backbone",
+    "load_public_state_dict",
     "nestednet",
     "partition_classes",
+    "resnet50_decomposed",
     "unit_order",
 ]

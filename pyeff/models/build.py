@@ -5,21 +5,28 @@ from typing import Any
 
 from torch import nn
 
+from pyeff.models.decomposeme import dec3, decomposeme
 from pyeff.models.dvn import dvn
+from pyeff.models.erfnet import erfnet
 from pyeff.models.hydranet_densenet import hydranet_densenet
 from pyeff.models.hydranet_resnet import hydranet_resnet, hydranet_resnet50
 from pyeff.models.hydranet_ressep import hydranet_ressep
 from pyeff.models.nestednet import nestednet
 from pyeff.models.resnet import build_backbone
+from pyeff.models.resnet50_decomposed import resnet50_decomposed
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "backbone": build_backbone,
+    "dec3": dec3,
+    "decomposeme": decomposeme,
     "dvn": dvn,
+    "erfnet": erfnet,
     "hydranet_densenet": hydranet_densenet,
     "hydranet_resnet": hydranet_resnet,
     "hydranet_resnet50": hydranet_resnet50,
     "hydranet_ressep": hydranet_ressep,
     "nestednet": nestednet,
+    "resnet50_decomposed": resnet50_decomposed,
 }
 
 
