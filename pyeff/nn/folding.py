@@ -18,10 +18,12 @@ def is_affine(norm: nn.BatchNorm2d | None) -> bool:
 
 
 def norm_tensors(norm: nn.BatchNorm2d | None) -> list[Tensor]:
-    """All tensors that :func:`norm_affine` reads."""
+    """All tensors that tell whether :func:`norm_affine` would give something else than before."""
     if norm is None:
         return []
-    found = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    # PyTorch's batch norm moves the statistics without a new version; it counts the batch, though.
+    counted = norm.num_batches_tracked
+    found = (norm.running_mean, norm.running_var, norm.weight, norm.bias, counted)
     return [tensor for tensor in found if tensor is not None]
 
 

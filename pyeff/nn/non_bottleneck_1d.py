@@ -26,7 +26,8 @@ class NonBottleneck1d(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: as :class:`~pyeff.nn.FactorizedConv2d`; a probability out of [0, 1].
+        ValueError: as :class:`~pyeff.nn.FactorizedConv2d`; an even kernel, a probability out of
+            [0, 1].
 
     Source: Romera, Alvarez, Bergasa, Arroyo, "ERFNet: Efficient Residual Factorized ConvNet for
     Real-Time Semantic Segmentation", T-ITS 2018.
@@ -54,6 +55,8 @@ class NonBottleneck1d(nn.Module):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"NonBottleneck1d: dropout must be in [0, 1], got {dropout}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"NonBottleneck1d: kernel_size must be odd, got {kernel_size}")
 
         def pair(spread: int) -> FactorizedConv2d | ConvNorm2d:
             if dense:
