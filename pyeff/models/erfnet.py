@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyeff.measure import LevelCost, measure_cost
 from pyeff.nn import Downsampler, NonBottleneck1d, Upsampler
+from pyeff.nn.factorized_conv2d import ORDERS
 
 STRIDE = 8  # of the encoder
 
@@ -143,6 +144,10 @@ def erfnet(
         raise ValueError(
             f"erfnet: widths must be 3 rising ints above in_channels {in_channels}, "
             f"got {list(widths)}"
+        )
+    if order not in ORDERS:
+        raise ValueError(
+            f"erfnet: order must be one of {', '.join(map(repr, ORDERS))}, got {order!r}"
         )
     if len(dropout) != 2:
         raise ValueError(f"erfnet: dropout must be 2 probabilities, got {list(dropout)}")
