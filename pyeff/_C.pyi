@@ -142,3 +142,50 @@ def branch_stage_pack(
 def branch_stage_forward(
     program: BranchStageProgram, x: Tensor, index: Tensor, packed: Tensor, y: Tensor, threads: int
 ) -> None: ...
+
+# --- factorised pairs; see csrc/pyeff/factorized_conv2d.h -----------------------------------------
+#
+# A line is a 1-D convolution with weight [O, I, n, 1] (vertical) or [O, I, 1, n] (horizontal), any
+# strides. Maps have their channels side by side (channel stride 1); images, rows and columns may be
+# strided. All maps and weights of a call have one dtype; biases [O], scale and shift [F] are
+# contiguous and of that dtype or another floating-point one.
+# problem: (stride, padding, dilation, inner, outer, winograd, threads), where inner and outer number
+# the activations None, relu, relu6, silu, hardswish from 0. winograd is 0 or 1; 1 needs float32,
+# three taps and stride 1. Every element of y is written.
+
+# Elements of the packed form of one line's weight; it is float32, or float64 for a float64 weight.
+# A copy that is packed with winograd serves only calls with winograd, and one without only those
+# without.
+def factorized_conv2d_packed_elements(weight: Tensor, winograd: bool) -> int: ...
+def factorized_conv2d_pack(weight: Tensor, packed: Tensor, winograd: bool) -> None: ...
+
+# y [N, F, H', W'] = outer(scale * (second(inner(first(x) + b_first)) + b_second) + shift + residual)
+# x [N, C, H, W]; residual like y. A line without a packed copy is packed for the call.
+def factorized_conv2d_forward(
+    x: Tensor,
+    w_first: Tensor,
+    packed_first: Tensor | None,
+    b_first: Tensor | None,
+    w_second: Tensor,
+    packed_second: Tensor | None,
+    b_second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# One line alone: y = outer(scale * (line(x) + bias) + shift + residual); inner is not used. Stride,
+# padding and dilation act along the line only.
+def factorized_conv2d_line_forward(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...

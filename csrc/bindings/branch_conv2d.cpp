@@ -1,5 +1,7 @@
 #include "pyeff/branch_conv2d.h"
 
+#include <cmath>
+
 #include "bindings/branch_arg.h"
 
 namespace pyeff::bindings {
@@ -50,6 +52,25 @@ void require_maps(const char* op, const TensorView& t, bool may_be_shared, std::
     fail(op, std::string(t.name) + " must have its channels side by side");
   }
   require_like(op, t, weight);
+}
+
+// The kernels copy maps together with the zeros that a window reads around them. The size of that
+// copy, for `dest` positions `stride` apart, must not overflow.
+void require_band(const char* op, const TensorView& dest, std::int64_t stride_h,
+                  std::int64_t stride_w, const TensorView& weight, const BranchConv2d& conv) {
+  const ConvWindow& w = conv.window;
+  const auto side = [](std::int64_t size, std::int64_t stride, std::int64_t kernel,
+                       std::int64_t dilation) {
+    return std::fabs(double(size - 1) * double(stride)) + double(kernel) * double(dilation) + 1;
+  };
+  const double rows = side(dest.shape[dest.ndim - 2], stride_h, weight.shape[3], w.dilation_h);
+  const double cols = side(dest.shape[dest.ndim - 1], stride_w, weight.shape[4], w.dilation_w);
+  const double channels = double(weight.shape[1] + weight.shape[2] * conv.groups) + 64;
+  constexpr double kMostElements = 1e15, kMostPadding = 1e15;
+  if (rows * cols * channels > kMostElements || std::fabs(double(w.pad_top)) > kMostPadding ||
+      std::fabs(double(w.pad_left)) > kMostPadding) {
+    fail(op, "stride, padding and dilation must give maps that fit into memory");
+  }
 }
 
 // What the three directions have in common; `weight` is the gradient of the weight in the last.
@@ -104,6 +125,7 @@ void forward(py::handle x_, py::handle weight_, py::handle packed_, py::handle b
   const auto bias = optional_tensor(bias_, "bias");
   require_maps(op, x, true, call.inputs(), call.index, call.weight);
   require_maps(op, y, false, call.outputs(), call.index, call.weight);
+  require_band(op, y, call.conv.window.stride_h, call.conv.window.stride_w, call.weight, call.conv);
   require_bias(op, bias, call.weight);
   if (packed) {
     require_packed(op, **packed, call.weight,
@@ -121,6 +143,7 @@ void grad_input(py::handle grad_y_, py::handle weight_, py::handle index_, py::h
   const TensorArg grad_y(grad_y_, "grad_y"), grad_x(grad_x_, "grad_x");
   require_maps(op, grad_y, false, call.outputs(), call.index, call.weight);
   require_maps(op, grad_x, true, call.inputs(), call.index, call.weight);
+  require_band(op, grad_x, 1, 1, call.weight, call.conv);
   const py::gil_scoped_release no_gil;
   cpu::branch_conv2d_grad_input(grad_y, call.weight, call.index, grad_x, call.conv);
 }
@@ -133,6 +156,8 @@ void grad_weight(py::handle grad_y_, py::handle x_, py::handle index_, py::handl
   const auto grad_bias = optional_tensor(grad_bias_, "grad_bias");
   require_maps(op, grad_y, false, call.outputs(), call.index, call.weight);
   require_maps(op, x, true, call.inputs(), call.index, call.weight);
+  require_band(op, grad_y, call.conv.window.stride_h, call.conv.window.stride_w, call.weight,
+               call.conv);
   require_bias(op, grad_bias, call.weight);
   const py::gil_scoped_release no_gil;
   cpu::branch_conv2d_grad_weight(grad_y, x, call.index, call.weight, view_or_null(grad_bias),

@@ -24,7 +24,6 @@ struct BranchLayout {
 
 static inline BranchLayout branch_layout(std::int64_t groups, std::int64_t taps, std::int64_t rows,
                                          std::int64_t lanes) {
-  constexpr std::int64_t kNarrow = 16;
   const bool depthwise = groups > 1 && rows == 1 && lanes == 1;
   if (depthwise) {
     lanes = groups;

@@ -1,10 +1,8 @@
 #pragma once
 // A convolution from one map of a branch stage to another.
 
-#include <limits>
-
 #include "cpu/branch_stage_layout.h"
-#include "cpu/branch_stage_tile.h"
+#include "cpu/epilogue_tile.h"
 #include "cpu/scratch.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
@@ -22,43 +20,6 @@ struct SlotMap {
 };
 
 template <typename A>
-struct Bounds {
-  A low, high;
-};
-template <typename A>
-inline Bounds<A> bounds_of(Activation activation) {
-  constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  if (activation == Activation::kRelu) return {A(0), kInfinity};
-  if (activation == Activation::kRelu6) return {A(0), A(6)};
-  return {-kInfinity, kInfinity};
-}
-inline bool clamps(Activation activation) {
-  return activation == Activation::kRelu || activation == Activation::kRelu6;
-}
-
-template <typename Tile, typename A>
-void run_tiles(StageCall<A> call, Index rows, Index cols, int vecs) {
-  A* const out = call.out;
-  const A* const residual = call.residual;
-  const Index a_offset = call.a_offset;
-  const int most_rows = tile_rows(rows, cols, vecs);
-  for (Index r = 0; r < rows;) {
-    const int tall = static_cast<int>(smaller(most_rows, rows - r));
-    const int tiles = static_cast<int>(ceil_div(cols, most_cols(tall, vecs)));
-    for (int t = 0; t < tiles; ++t) {
-      const Part part = part_of(cols, t, tiles);
-      call.a_offset = a_offset + r * call.a_row + part.begin * call.a_pixel;
-      call.out = out + r * call.out_row + part.begin * call.out_pixel;
-      if (residual != nullptr) {
-        call.residual = residual + r * call.residual_row + part.begin * call.residual_pixel;
-      }
-      run_stage_tile<Tile>(tall, static_cast<int>(part.end - part.begin), vecs, call);
-    }
-    r += tall;
-  }
-}
-
-template <typename A>
 class StageConv {
  public:
   // The weights and biases are those of one branch, `taps` has room for every tap.
@@ -68,7 +29,7 @@ class StageConv {
   // residual may be null.
   void run(const SlotMap<const A>& source, const SlotMap<A>& dest,
            const SlotMap<const A>* residual) const {
-    StageCall<A> call{};
+    EpilogueCall<A> call{};
     call.taps = taps_;
     call.a_row = step_.stride_h * source.row;
     call.a_pixel = step_.stride_w * source.pixel;
@@ -102,8 +63,8 @@ class StageConv {
            step_.left == 0 && step_.bottom == 0 && step_.right == 0;
   }
 
-  void dense(StageCall<A> call, Index group, const SlotMap<const A>& source, const SlotMap<A>& dest,
-             const A* residual, Index rows, Index cols) const {
+  void dense(EpilogueCall<A> call, Index group, const SlotMap<const A>& source,
+             const SlotMap<A>& dest, const A* residual, Index rows, Index cols) const {
     const Index lanes = group_lanes(step_), k = step_.rows_in;
     const A* weights = weights_ + group * group_weights(step_);
     const A* biases = biases_ + group * lanes;
@@ -119,12 +80,13 @@ class StageConv {
         call.init = biases + lane + v * kLanes<A>;
         call.out = dest.data + at;
         call.residual = residual == nullptr ? nullptr : residual + at;
-        run_tiles<DenseStageTile>(call, rows, cols, static_cast<int>(smaller(kTileVecs, vecs - v)));
+        run_tiles<DenseEpilogueTile>(call, rows, cols,
+                                     static_cast<int>(smaller(kTileVecs, vecs - v)));
       }
     }
   }
 
-  void depthwise(StageCall<A> call, const SlotMap<const A>& source, A* out, const A* residual,
+  void depthwise(EpilogueCall<A> call, const SlotMap<const A>& source, A* out, const A* residual,
                  Index rows, Index cols) const {
     const Index lanes = padded_lanes(step_.out), vecs = lanes / kLanes<A>;
     call.tap_count = list_taps(source, 0, 1, weights_, lanes);
@@ -134,8 +96,8 @@ class StageConv {
       call.init = biases_ + at;
       call.out = out + at;
       call.residual = residual == nullptr ? nullptr : residual + at;
-      run_tiles<DepthwiseStageTile>(call, rows, cols,
-                                    static_cast<int>(smaller(kTileVecs, vecs - v)));
+      run_tiles<DepthwiseEpilogueTile>(call, rows, cols,
+                                       static_cast<int>(smaller(kTileVecs, vecs - v)));
     }
   }
 

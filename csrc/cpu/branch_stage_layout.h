@@ -15,12 +15,6 @@
 
 namespace pyeff::cpu {
 
-inline constexpr std::int64_t kNarrow = 16;
-
-static inline std::int64_t padded_lanes(std::int64_t channels) {
-  return (channels + kNarrow - 1) / kNarrow * kNarrow;
-}
-
 static inline bool is_depthwise(const StageStep& step) {
   return step.kind == StageKind::kConv2d && step.groups > 1 && step.rows_in == 1 &&
          step.out == step.groups;

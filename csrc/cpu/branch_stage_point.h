@@ -2,60 +2,12 @@
 // The steps of a branch stage that are no convolutions: each writes one map from others, whole
 // vectors of channels at a time. Lanes past a map's channels are written with anything.
 
-#include <cmath>
 #include <cstring>
 
 #include "cpu/branch_stage_conv.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
-
-// --- activations ---------------------------------------------------------------------------------
-
-inline Vec<double> exp_of(Vec<double> x) {
-  for (int l = 0; l < kLanes<double>; ++l) x[l] = std::exp(x[l]);
-  return x;
-}
-
-// 2^n e^r with r in [-ln(2) / 2, ln(2) / 2]; the polynomial is Cephes', within two units in the
-// last place.
-inline Vec<float> exp_of(Vec<float> x) {
-  typedef std::int32_t Ints __attribute__((vector_size(kVecBytes)));
-  constexpr float kLogOf2High = 0.693359375f, kLogOf2Low = -2.12194440e-4f;
-  const Vec<float> bounded = clamped<float>(x, -87.0f, 88.0f);
-  const Vec<float> halves = bounded * 1.44269504f;
-  const Ints n = __builtin_convertvector(
-      halves + (halves < 0.0f ? Vec<float>{} - 0.5f : Vec<float>{} + 0.5f), Ints);
-  const Vec<float> whole = __builtin_convertvector(n, Vec<float>);
-  const Vec<float> r = bounded - whole * kLogOf2High - whole * kLogOf2Low;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints power = (n + 127) << 23;
-  Vec<float> scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return x != x ? x : p * scale;
-}
-
-template <typename A>
-inline Vec<A> activated(Vec<A> v, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return v < A(0) ? Vec<A>{} : v;
-    case Activation::kRelu6:
-      return clamped<A>(v, A(0), A(6));
-    case Activation::kSilu:
-      return v / (exp_of(-v) + A(1));
-    case Activation::kHardswish:
-      return v * clamped<A>(v + A(3), A(0), A(6)) / A(6);
-    case Activation::kNone:
-      return v;
-  }
-  return v;
-}
 
 // --- pixel by pixel ------------------------------------------------------------------------------
 

@@ -10,6 +10,13 @@ namespace pyeff::cpu {
 
 inline constexpr int kPanel = 32;  // output channels of a weight panel
 
+// Panels that are made for one operator alone may be this narrow.
+inline constexpr std::int64_t kNarrow = 16;
+
+static inline std::int64_t padded_lanes(std::int64_t channels) {
+  return (channels + kNarrow - 1) / kNarrow * kNarrow;
+}
+
 // One weight per channel and position; with one group a selection need not be whole groups.
 static inline bool is_depthwise(const TensorView& weight, std::int64_t groups) {
   return groups > 1 && weight.shape[0] == groups && weight.shape[1] == 1;

@@ -1,11 +1,14 @@
 #include "pyeff/branch_stage.h"
 
+#include <limits>
+
 namespace pyeff {
 namespace {
 
 constexpr const char* kOp = "branch_stage";
 constexpr std::int64_t kFormat = 1;
-constexpr std::int64_t kLargest = std::int64_t{1} << 31;  // of any number in a program
+// Of any number in a program: slots and numbers of tensors are ints, and so is one more.
+constexpr std::int64_t kLargest = std::numeric_limits<int>::max() - 1;
 
 class Reader {
  public:

@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "pyeff/activation.h"
 #include "pyeff/tensor_view.h"
 
 namespace pyeff {
@@ -26,7 +27,6 @@ enum class StageKind {
   kFlatten,
   kConcat
 };
-enum class Activation { kNone, kRelu, kRelu6, kSilu, kHardswish };
 
 struct StageStep {
   StageKind kind;

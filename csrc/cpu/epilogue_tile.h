@@ -1,24 +1,27 @@
 #pragma once
-// The register tile of a branch stage: R rows of W pixels times Z vectors of channels, with the
-// residual and a clamping activation added before the results leave the registers.
-//   out[r][w][l] = clamp(init[l] + residual[r][w][l]
-//                        + sum_t sum_k taps[t].a[r * a_row + w * a_pixel + k]
-//                                      * taps[t].b[k * b_step + l])
+// The register tile of branch_stage and factorized_conv2d: R rows of W pixels times Z vectors of
+// channels, with all that follows the convolution done before the results leave the registers.
+//   out[r][w][l] = clamp(scale[l] * (init[l] + sum_t sum_k taps[t].a[r * a_row + w * a_pixel + k]
+//                                                          * taps[t].b[k * b_step + l])
+//                        + shift[l] + residual[r][w][l])
 // Maps of 4 to 8 pixels a row would leave half of a tile of one row empty.
 
-#include "cpu/branch_stage_layout.h"
+#include "cpu/activation.h"
+#include "cpu/packed_layout.h"
+#include "cpu/scratch.h"
 #include "cpu/tile.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
 
 template <typename A>
-struct StageCall {
+struct EpilogueCall {
   const Tap<A>* taps;
   Index tap_count;
   Index a_offset, b_offset;  // added to the pointers of every tap
   Index a_row, a_pixel, b_step;
-  const A* init;  // [Z * kLanes]
+  const A* init;           // [Z * kLanes]
+  const A *scale, *shift;  // likewise, or both null
   A* out;
   Index out_row, out_pixel;
   const A* residual;  // like out, or null
@@ -27,16 +30,17 @@ struct StageCall {
   A low, high;
 };
 
-// NaN stays NaN, as in torch.
-template <typename A>
-inline Vec<A> clamped(Vec<A> v, A low, A high) {
-  const Vec<A> lowest = Vec<A>{} + low, highest = Vec<A>{} + high;
-  v = v < lowest ? lowest : v;
-  return v > highest ? highest : v;
-}
-
 template <typename A, int R, int W, int Z>
-inline void end_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[R * W][Z]) {
+inline void end_epilogue_tile(const EpilogueCall<A>& call, Vec<A> (&acc)[R * W][Z]) {
+  if (call.scale != nullptr) {
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; ++z) {
+      const Vec<A> scale = load(call.scale + z * kLanes<A>);
+      const Vec<A> shift = load(call.shift + z * kLanes<A>);
+#pragma GCC unroll 32
+      for (int p = 0; p < R * W; ++p) acc[p][z] = acc[p][z] * scale + shift;
+    }
+  }
   if (call.residual != nullptr) {
 #pragma GCC unroll 32
     for (int p = 0; p < R * W; ++p) {
@@ -61,7 +65,7 @@ inline void end_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[R * W][Z]) {
 }
 
 template <typename A, int P, int Z>
-inline void begin_stage_tile(const StageCall<A>& call, Vec<A> (&acc)[P][Z]) {
+inline void begin_epilogue_tile(const EpilogueCall<A>& call, Vec<A> (&acc)[P][Z]) {
 #pragma GCC unroll 4
   for (int z = 0; z < Z; ++z) {
     const Vec<A> init = load(call.init + z * kLanes<A>);
@@ -91,11 +95,11 @@ struct TilePointers<A, 0, W> {
   void advance() {}
 };
 
-struct DenseStageTile {
+struct DenseEpilogueTile {
   template <typename A, int R, int W, int Z>
-  static void run(const StageCall<A>& call) {
+  static void run(const EpilogueCall<A>& call) {
     Vec<A> acc[R * W][Z];
-    begin_stage_tile<A, R * W, Z>(call, acc);
+    begin_epilogue_tile<A, R * W, Z>(call, acc);
     const Index a_pixel = call.a_pixel, b_step = call.b_step;
     for (Index t = 0; t < call.tap_count; ++t) {
       TilePointers<A, R, W> a(call.taps[t].a + call.a_offset, call.a_row, a_pixel);
@@ -114,15 +118,15 @@ struct DenseStageTile {
         b += b_step;
       }
     }
-    end_stage_tile<A, R, W, Z>(call, acc);
+    end_epilogue_tile<A, R, W, Z>(call, acc);
   }
 };
 
-struct DepthwiseStageTile {
+struct DepthwiseEpilogueTile {
   template <typename A, int R, int W, int Z>
-  static void run(const StageCall<A>& call) {
+  static void run(const EpilogueCall<A>& call) {
     Vec<A> acc[R * W][Z];
-    begin_stage_tile<A, R * W, Z>(call, acc);
+    begin_epilogue_tile<A, R * W, Z>(call, acc);
     for (Index t = 0; t < call.tap_count; ++t) {
       const A* a = call.taps[t].a + call.a_offset;
       const A* b = call.taps[t].b + call.b_offset;
@@ -136,12 +140,12 @@ struct DepthwiseStageTile {
         }
       }
     }
-    end_stage_tile<A, R, W, Z>(call, acc);
+    end_epilogue_tile<A, R, W, Z>(call, acc);
   }
 };
 
 // Pixels of a tile of `rows` rows and `vecs` vectors fill the registers, but no more.
-constexpr int kStageRows = 2;
+constexpr int kEpilogueRows = 2;
 constexpr int most_cols(int rows, int vecs) {
   if (rows == 1) return kTilePixels;
   return vecs == 1 && kTilePixels == 14 ? 8 : kTilePixels / rows;
@@ -152,13 +156,13 @@ template <typename A>
 constexpr int kFewestVecs = kNarrow / kLanes<A> < kTileVecs ? kNarrow / kLanes<A> : kTileVecs;
 
 template <typename A>
-using StageTileFunction = void (*)(const StageCall<A>&);
+using EpilogueTileFunction = void (*)(const EpilogueCall<A>&);
 
 template <typename Tile, typename A>
-struct StageTileTable {
-  StageTileFunction<A> by_size[kStageRows][kTileVecs][kTilePixels];
+struct EpilogueTileTable {
+  EpilogueTileFunction<A> by_size[kEpilogueRows][kTileVecs][kTilePixels];
 
-  constexpr StageTileTable() : by_size{} { fill<1, kFewestVecs<A>, 1>(); }
+  constexpr EpilogueTileTable() : by_size{} { fill<1, kFewestVecs<A>, 1>(); }
 
  private:
   template <int R, int Z, int W>
@@ -168,23 +172,46 @@ struct StageTileTable {
       fill<R, Z, W + 1>();
     } else if constexpr (Z < kTileVecs) {
       fill<R, Z + 1, 1>();
-    } else if constexpr (R < kStageRows) {
+    } else if constexpr (R < kEpilogueRows) {
       fill<R + 1, kFewestVecs<A>, 1>();
     }
   }
 };
 
 template <typename Tile, typename A>
-inline void run_stage_tile(int rows, int cols, int vecs, const StageCall<A>& call) {
-  static constexpr StageTileTable<Tile, A> kTable;
+inline void run_epilogue_tile(int rows, int cols, int vecs, const EpilogueCall<A>& call) {
+  static constexpr EpilogueTileTable<Tile, A> kTable;
   kTable.by_size[rows - 1][vecs - 1][cols - 1](call);
 }
 
 // How a map of `cols` columns is cut: the rows of a tile that leave the fewest registers empty.
 inline int tile_rows(Index rows, Index cols, int vecs) {
-  if (rows < kStageRows) return 1;
+  if (rows < kEpilogueRows) return 1;
   const auto pixels = [&](int r) { return r * double(cols) / ceil_div(cols, most_cols(r, vecs)); };
-  return pixels(kStageRows) > 1.1 * pixels(1) ? kStageRows : 1;
+  return pixels(kEpilogueRows) > 1.1 * pixels(1) ? kEpilogueRows : 1;
+}
+
+// A map of rows x cols in tiles.
+template <typename Tile, typename A>
+void run_tiles(EpilogueCall<A> call, Index rows, Index cols, int vecs) {
+  A* const out = call.out;
+  const A* const residual = call.residual;
+  const Index a_offset = call.a_offset;
+  const int most_rows = tile_rows(rows, cols, vecs);
+  for (Index r = 0; r < rows;) {
+    const int tall = static_cast<int>(smaller(most_rows, rows - r));
+    const int tiles = static_cast<int>(ceil_div(cols, most_cols(tall, vecs)));
+    for (int t = 0; t < tiles; ++t) {
+      const Part part = part_of(cols, t, tiles);
+      call.a_offset = a_offset + r * call.a_row + part.begin * call.a_pixel;
+      call.out = out + r * call.out_row + part.begin * call.out_pixel;
+      if (residual != nullptr) {
+        call.residual = residual + r * call.residual_row + part.begin * call.residual_pixel;
+      }
+      run_epilogue_tile<Tile>(tall, static_cast<int>(part.end - part.begin), vecs, call);
+    }
+    r += tall;
+  }
 }
 
 }  // namespace

@@ -1,0 +1,255 @@
+#pragma once
+// A pair of 1-D convolutions, or one alone, row by row. The map between the two exists as one row
+// (vertical first: the horizontal line reads no other) or as the last n rows of a chain (horizontal
+// first), so that nothing is computed twice but at the borders between threads.
+
+#include "cpu/factorized_conv2d_line.h"
+#include "cpu/factorized_conv2d_rows.h"
+#include "cpu/image.h"
+
+namespace pyeff::cpu::PYEFF_ISA {
+namespace {
+
+struct FactorizedScratch {
+  Scratch source, middle, out, residual, taps, row_taps;
+  Scratch weights, vectors;  // of the calling thread, read by all
+};
+inline FactorizedScratch& factorized_scratch() {
+  static thread_local FactorizedScratch scratch;
+  return scratch;
+}
+
+// Everything that the threads of a call share.
+template <typename T>
+struct PairCall {
+  using A = Accumulator<T>;
+
+  Image<const T> x, residual;  // residual.data may be null
+  Image<T> y;
+  LineKernel<A> first, second;
+  bool paired;          // whether there is a second line
+  bool vertical_first;  // or, of a single line, whether it is vertical
+  Index stride, padding, dilation;
+
+  Index taps() const { return first.layout.taps; }
+  const LineKernel<A>& last() const { return paired ? second : first; }
+
+  // What the horizontal line reads of a row: from column -padding on.
+  Index band_cols() const {
+    return larger(padding + x.cols, (y.cols - 1) * stride + (taps() - 1) * dilation + 1);
+  }
+  double multiply_adds() const {
+    const double first_pixels = !paired          ? double(y.rows * y.cols)
+                                : vertical_first ? double(y.rows * x.cols)
+                                                 : double(x.rows * y.cols);
+    double sum = first_pixels * double(first.layout.in * first.layout.out);
+    if (paired) sum += double(y.rows * y.cols) * double(second.layout.in * second.layout.out);
+    return sum * double(y.n) * double(taps());
+  }
+};
+
+// Rows of x and y as the lines want them: in the accumulator's type and with whole vectors of
+// channels, in place where they lie so.
+template <typename T>
+class PairRows {
+ public:
+  using A = Accumulator<T>;
+
+  explicit PairRows(const PairCall<T>& call) : call_(call) {
+    const Index channels = call.y.channels;
+    direct_ = std::is_same_v<T, A> && channels % kNarrow == 0;
+    out_pixel_ = padded_lanes(channels);
+  }
+
+  RowOut<A> open(Index n, Index h) {
+    const Image<const T>& residual = call_.residual;
+    const T* added = residual.data == nullptr
+                         ? nullptr
+                         : residual.data + n * residual.n_stride + h * residual.row_stride;
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct_) return {row_of_y(n, h), call_.y.col_stride, added, residual.col_stride};
+    }
+    FactorizedScratch& scratch = factorized_scratch();
+    RowOut<A> out{};
+    out.data = scratch.out.get<A>(call_.y.cols * out_pixel_);
+    out.pixel = out_pixel_;
+    if (added != nullptr) {
+      A* to = scratch.residual.get<A>(call_.y.cols * out_pixel_);
+      widen_pixels(added, residual.col_stride, to, out_pixel_, call_.y.cols, call_.y.channels);
+      out.residual = to;
+      out.residual_pixel = out_pixel_;
+    }
+    return out;
+  }
+
+  void close(Index n, Index h, const RowOut<A>& out) {
+    if (direct_) return;
+    T* to = row_of_y(n, h);
+    for (Index c = 0; c < call_.y.cols; ++c) {
+      const A* from = out.data + c * out.pixel;
+      T* pixel = to + c * call_.y.col_stride;
+      for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
+    }
+  }
+
+ private:
+  T* row_of_y(Index n, Index h) const {
+    return call_.y.data + n * call_.y.n_stride + h * call_.y.row_stride;
+  }
+
+  const PairCall<T>& call_;
+  bool direct_;
+  Index out_pixel_;
+};
+
+// One thread's part of a call.
+template <typename T>
+class PairWorker {
+ public:
+  using A = Accumulator<T>;
+
+  explicit PairWorker(const PairCall<T>& call)
+      : call_(call),
+        rows_(call),
+        order_(call.y.rows, call.stride, call.dilation),
+        scratch_(factorized_scratch()),
+        row_taps_(scratch_.row_taps.get<RowTap<A>>(call.taps())),
+        first_(call.first, scratch_.taps.get<Tap<A>>(call.taps())),
+        last_(call.last(), scratch_.taps.get<Tap<A>>(call.taps())),
+        ring_(make_ring()) {
+    if (call.paired && call.vertical_first) clear_sides();
+  }
+
+  // Positions of the chain order, counted over all images.
+  void run(Part positions) {
+    for (Index t = positions.begin; t < positions.end; ++t) {
+      const Index n = t / call_.y.rows, h = order_.row(t % call_.y.rows);
+      const RowOut<A> out = rows_.open(n, h);
+      if (!call_.vertical_first) {
+        horizontal_first(n, h, out);
+      } else {
+        vertical_first(n, h, out);
+      }
+      rows_.close(n, h, out);
+    }
+  }
+
+ private:
+  void vertical_first(Index n, Index h, const RowOut<A>& out) {
+    const Index count = list_vertical(h, [&](Index r) { return source_row(n, r); });
+    if (!call_.paired) {
+      last_.run(row_taps_, count, source_pixel_, call_.y.cols, out);
+      return;
+    }
+    first_.run(row_taps_, count, source_pixel_, call_.x.cols,
+               {middle_ + call_.padding * middle_pixel_, middle_pixel_, nullptr, 0});
+    list_horizontal(middle_, middle_pixel_);
+    last_.run(row_taps_, call_.taps(), call_.stride * middle_pixel_, call_.y.cols, out);
+  }
+
+  void horizontal_first(Index n, Index h, const RowOut<A>& out) {
+    if (!call_.paired) {
+      horizontal(last_, n, h, out);
+      return;
+    }
+    const Index pixel = middle_pixel_;
+    const auto make = [&](Index r, A* row) { horizontal(first_, n, r, {row, pixel, nullptr, 0}); };
+    // Making a row overwrites the list of taps: first all rows, then the list.
+    list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
+    const Index count = list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
+    last_.run(row_taps_, count, middle_pixel_, call_.y.cols, out);
+  }
+
+  // A horizontal line over row r of x.
+  void horizontal(const LineConv<A>& line, Index n, Index r, const RowOut<A>& out) {
+    const Index channels = call_.x.channels;
+    copy_band<T, A>(call_.x, n, r, 1, -call_.padding, call_.band_cols(), 0, channels, source_pixel_,
+                    padded_);
+    list_horizontal(padded_, source_pixel_);
+    line.run(row_taps_, call_.taps(), call_.stride * source_pixel_, call_.y.cols, out);
+  }
+
+  template <typename Row>
+  Index list_vertical(Index h, const Row& row) {
+    Index count = 0;
+    for (Index u = 0; u < call_.taps(); ++u) {
+      const Index r = h * call_.stride - call_.padding + u * call_.dilation;
+      if (r >= 0 && r < call_.x.rows) {
+        const A* pixels = row(r);
+        row_taps_[count++] = {pixels, u};
+      }
+    }
+    return count;
+  }
+
+  void list_horizontal(const A* row, Index pixel) {
+    for (Index v = 0; v < call_.taps(); ++v) row_taps_[v] = {row + v * call_.dilation * pixel, v};
+  }
+
+  const A* source_row(Index n, Index r) {
+    const Image<const T>& x = call_.x;
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place_) return x.data + n * x.n_stride + r * x.row_stride;
+    }
+    return ring_.get(n, r, [&](Index row, A* to) {
+      copy_band<T, A>(x, n, row, 1, 0, x.cols, 0, x.channels, source_pixel_, to);
+    });
+  }
+
+  // The ring holds rows of x that were copied, or of the middle map; beside it lies one padded row
+  // of the other one.
+  RowRing<A> make_ring() {
+    const Index taps = call_.taps(), lanes = padded_lanes(call_.first.layout.out);
+    if (call_.vertical_first) {
+      const Index pixel = band_pixel<A>(call_.x.channels, 1), row = call_.x.cols * pixel;
+      in_place_ = std::is_same_v<T, A> && !collides<A>(call_.x.col_stride);
+      source_pixel_ = in_place_ ? call_.x.col_stride : pixel;
+      if (call_.paired) {
+        middle_pixel_ = band_pixel<A>(lanes, call_.stride);
+        middle_ = scratch_.middle.get<A>(call_.band_cols() * middle_pixel_);
+      }
+      A* data = in_place_ ? nullptr : scratch_.source.get<A>(taps * row);
+      return RowRing<A>(data, taps, row, call_.dilation);
+    }
+    source_pixel_ = band_pixel<A>(call_.x.channels, call_.stride);
+    padded_ = scratch_.source.get<A>(call_.band_cols() * source_pixel_);
+    middle_pixel_ = band_pixel<A>(lanes, 1);
+    const Index row = call_.y.cols * middle_pixel_;
+    A* data = call_.paired ? scratch_.middle.get<A>(taps * row) : nullptr;
+    return RowRing<A>(data, taps, row, call_.dilation);
+  }
+
+  // What the horizontal line reads left and right of the middle row stays zero.
+  void clear_sides() {
+    const Index first = call_.padding, last = call_.padding + call_.x.cols;
+    const auto clear = [&](Index begin, Index end) {
+      std::memset(middle_ + begin * middle_pixel_, 0,
+                  static_cast<std::size_t>((end - begin) * middle_pixel_) * sizeof(A));
+    };
+    clear(0, first);
+    clear(last, call_.band_cols());
+  }
+
+  const PairCall<T>& call_;
+  PairRows<T> rows_;
+  ChainOrder order_;
+  FactorizedScratch& scratch_;
+  RowTap<A>* row_taps_;
+  LineConv<A> first_, last_;
+  bool in_place_ = false;
+  Index source_pixel_ = 0, middle_pixel_ = 0;
+  A *middle_ = nullptr, *padded_ = nullptr;
+  RowRing<A> ring_;  // last: making it sets what is above
+};
+
+template <typename T>
+void run_direct(const PairCall<T>& call, int threads) {
+  const Index positions = call.y.n * call.y.rows;
+  if (positions == 0 || call.y.cols == 0 || call.y.channels == 0) return;
+  threads = useful_threads(threads, call.multiply_adds());
+  parallel(threads,
+           [&](int thread, int of) { PairWorker<T>(call).run(part_of(positions, thread, of)); });
+}
+
+}  // namespace
+}  // namespace pyeff::cpu::PYEFF_ISA

@@ -1,0 +1,35 @@
+#pragma once
+// The packed form of the weight [O, I, n] of a 1-D convolution, the same for every instruction set.
+//   direct     [panels][n][I][width]
+//   Winograd   [panels][6][I][width], the weights transformed
+// Panels are kPanel output channels wide, the last one kNarrow where that suffices; missing ones
+// are zero. Functions are static: objects of different instruction sets must not share code.
+
+#include "cpu/packed_layout.h"
+
+namespace pyeff::cpu {
+
+inline constexpr std::int64_t kWinogradTaps = 3, kWinogradOutputs = 4, kWinogradPoints = 6;
+
+struct LineLayout {
+  std::int64_t in, out, taps;
+  std::int64_t positions;  // taps, or points of the transformed weight
+
+  std::int64_t lanes() const { return padded_lanes(out); }
+  std::int64_t elements() const { return positions * in * lanes(); }
+  std::int64_t width(std::int64_t lane) const {
+    return lanes() - lane < kPanel ? lanes() - lane : kPanel;
+  }
+  // Of the weights of one position of the panel that starts at `lane`.
+  std::int64_t offset(std::int64_t lane, std::int64_t position) const {
+    return lane * positions * in + position * in * width(lane);
+  }
+};
+
+// `weight` is [O, I, n, 1] or [O, I, 1, n].
+static inline LineLayout line_layout(const TensorView& weight, bool winograd) {
+  const std::int64_t taps = weight.shape[2] * weight.shape[3];
+  return {weight.shape[1], weight.shape[0], taps, winograd ? kWinogradPoints : taps};
+}
+
+}  // namespace pyeff::cpu

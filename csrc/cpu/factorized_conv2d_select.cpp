@@ -1,0 +1,51 @@
+// Chooses the object file of the instruction set in use. Compiled once; factorized_conv2d.cpp is
+// compiled once per instruction set.
+
+#include "cpu/factorized_conv2d_kernels.h"
+#include "cpu/factorized_conv2d_layout.h"
+#include "cpu/isa.h"
+
+namespace pyeff::cpu {
+namespace {
+
+// isa() names nothing that was not compiled in.
+const FactorizedConv2dKernels& kernels() {
+  switch (isa()) {
+#ifdef PYEFF_HAVE_AMX
+    case Isa::kAmx:
+      return amx::factorized_conv2d_kernels;
+#endif
+#ifdef PYEFF_HAVE_AVX512
+    case Isa::kAvx512:
+      return avx512::factorized_conv2d_kernels;
+#endif
+#ifdef PYEFF_HAVE_AVX2
+    case Isa::kAvx2:
+      return avx2::factorized_conv2d_kernels;
+#endif
+    default:
+      return generic::factorized_conv2d_kernels;
+  }
+}
+
+}  // namespace
+
+bool line_can_winograd(const TensorView& weight) {
+  return weight.dtype == Dtype::kFloat32 && weight.shape[2] * weight.shape[3] == kWinogradTaps;
+}
+
+std::int64_t factorized_conv2d_packed_elements(const TensorView& weight, bool winograd) {
+  return line_layout(weight, winograd).elements();
+}
+
+void factorized_conv2d_pack(const TensorView& weight, bool winograd, const TensorView& packed) {
+  kernels().pack(weight, winograd, packed);
+}
+
+void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line* second,
+                               const Epilogue& epilogue, const TensorView& y,
+                               const FactorizedConv2d& conv) {
+  kernels().forward(x, first, second, epilogue, y, conv);
+}
+
+}  // namespace pyeff::cpu

@@ -1,0 +1,59 @@
+#pragma once
+// The weights of a 1-D convolution, packed for the tile.
+
+#include "cpu/factorized_conv2d_layout.h"
+#include "cpu/vec.h"
+
+namespace pyeff::cpu::PYEFF_ISA {
+namespace {
+
+// [O, I, n] with any strides.
+template <typename T>
+struct LineWeight {
+  const T* data;
+  Index out_stride, in_stride, tap_stride;
+};
+template <typename T>
+LineWeight<T> line_weight_of(const TensorView& t) {
+  const int along = t.shape[2] > 1 ? 2 : 3;
+  return {t.as<const T>(), t.stride[0], t.stride[1], t.stride[along]};
+}
+
+// Winograd's transform of three taps: F(4, 3) with the points 0, 1, -1, 2, -2 and infinity.
+inline void transform_taps(const double (&tap)[kWinogradTaps], double (&point)[kWinogradPoints]) {
+  const double even = tap[0] + tap[2], far = tap[0] + 4 * tap[2];
+  point[0] = tap[0] / 4;
+  point[1] = -(even + tap[1]) / 6;
+  point[2] = -(even - tap[1]) / 6;
+  point[3] = (far + 2 * tap[1]) / 24;
+  point[4] = (far - 2 * tap[1]) / 24;
+  point[5] = tap[2];
+}
+
+template <typename T, typename A>
+void pack_line(const LineWeight<T>& weight, const LineLayout& layout, A* to) {
+  const bool winograd = layout.positions != layout.taps;
+  for (Index lane = 0; lane < layout.lanes(); ++lane) {
+    const Index panel = lane / kPanel * kPanel, width = layout.width(panel);
+    for (Index i = 0; i < layout.in; ++i) {
+      A* out = to + layout.offset(panel, 0) + i * width + lane - panel;
+      const Index step = layout.in * width;  // to the next position
+      if (lane >= layout.out) {
+        for (Index p = 0; p < layout.positions; ++p) out[p * step] = A(0);
+        continue;
+      }
+      const T* from = weight.data + lane * weight.out_stride + i * weight.in_stride;
+      if (winograd) {
+        double taps[kWinogradTaps], points[kWinogradPoints];
+        for (Index t = 0; t < kWinogradTaps; ++t) taps[t] = widen(from[t * weight.tap_stride]);
+        transform_taps(taps, points);
+        for (Index p = 0; p < kWinogradPoints; ++p) out[p * step] = static_cast<A>(points[p]);
+      } else {
+        for (Index t = 0; t < layout.taps; ++t) out[t * step] = widen(from[t * weight.tap_stride]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyeff::cpu::PYEFF_ISA

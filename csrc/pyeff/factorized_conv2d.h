@@ -1,0 +1,59 @@
+#pragma once
+// factorized_conv2d: a pair of 1-D convolutions, n x 1 and 1 x n in either order, with everything
+// around them:
+//   y = outer(scale * (second(inner(first(x) + b_first)) + b_second) + shift + residual)
+// Alvarez and Petersson, "DecomposeMe: Simplifying ConvNets for End-to-End Learning", 2016; Romera
+// et al., "ERFNet: Efficient Residual Factorized ConvNet for Real-Time Semantic Segmentation",
+// T-ITS 2018.
+//
+//   x [N, C, H, W]   first [L, C, n, 1] or [L, C, 1, n]   second [F, L, 1, n] or [F, L, n, 1]
+//   y, residual [N, F, H', W']   b_first [L]   b_second, scale, shift [F]
+// Maps are read and written by their strides; the channel stride is 1.
+
+#include "pyeff/activation.h"
+#include "pyeff/tensor_view.h"
+
+namespace pyeff {
+
+// A 1-D convolution, n x 1 (vertical) or 1 x n. packed and bias may be null.
+struct Line {
+  TensorView weight;
+  const TensorView* packed;
+  const TensorView* bias;
+  bool vertical;
+};
+
+// What follows the last convolution. Each pointer may be null.
+struct Epilogue {
+  const TensorView *scale, *shift, *residual;
+  Activation activation;
+};
+
+// The vertical line has stride (stride, 1), padding (padding, 0), dilation (dilation, 1), the
+// horizontal one (1, stride), (0, padding), (1, dilation). Rows and columns outside of a map count
+// as zero, so padding at the bottom and the right follows from the size of y.
+struct FactorizedConv2d {
+  std::int64_t stride, padding, dilation;
+  Activation inner;
+  bool winograd;  // only where line_can_winograd() for both and stride is 1
+  int threads;
+};
+
+namespace cpu {
+
+// Winograd's F(4, 3) needs three taps and float32.
+bool line_can_winograd(const TensorView& weight);
+
+// The packed form of one line, cpu/factorized_conv2d_layout.h; float32 for every weight but
+// float64, which stays float64. A form for Winograd serves no direct convolution and vice versa.
+std::int64_t factorized_conv2d_packed_elements(const TensorView& weight, bool winograd);
+void factorized_conv2d_pack(const TensorView& weight, bool winograd, const TensorView& packed);
+
+// Without `second` a single 1-D convolution with its epilogue; `conv.inner` is not used then.
+// Without a packed copy of a line it is packed for this call.
+void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line* second,
+                               const Epilogue& epilogue, const TensorView& y,
+                               const FactorizedConv2d& conv);
+
+}  // namespace cpu
+}  // namespace pyeff
