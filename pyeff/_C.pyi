@@ -149,7 +149,7 @@ def branch_stage_forward(
 # strides. Maps have their channels side by side (channel stride 1); images, rows and columns may be
 # strided. All maps and weights of a call have one dtype; biases [O], scale and shift [F] are
 # contiguous and of that dtype or another floating-point one.
-# problem: (stride, padding, dilation, inner, outer, winograd, threads), where inner and outer number
+# problem: (stride, padding, dilation, inner, outer, winograd, threads); inner and outer number
 # the activations None, relu, relu6, silu, hardswish from 0. winograd is 0 or 1; 1 needs float32,
 # three taps and stride 1. Every element of y is written.
 
@@ -159,7 +159,7 @@ def branch_stage_forward(
 def factorized_conv2d_packed_elements(weight: Tensor, winograd: bool) -> int: ...
 def factorized_conv2d_pack(weight: Tensor, packed: Tensor, winograd: bool) -> None: ...
 
-# y [N, F, H', W'] = outer(scale * (second(inner(first(x) + b_first)) + b_second) + shift + residual)
+# y = outer(scale * (second(inner(first(x) + b_first)) + b_second) + shift + residual), [N, F, H, W]
 # x [N, C, H, W]; residual like y. A line without a packed copy is packed for the call.
 def factorized_conv2d_forward(
     x: Tensor,
