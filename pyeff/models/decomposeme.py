@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyeff.measure import LevelCost, measure_cost
 from pyeff.models.residual import global_pool
 from pyeff.nn import ConvNorm2d, FactorizedConv2d
+from pyeff.nn.factorized_conv2d import NORMS, ORDERS
 
 Layer = FactorizedConv2d | ConvNorm2d
 
@@ -153,7 +154,7 @@ def decomposeme(
         raise ValueError(f"decomposeme: width must be 8 positive widths, got {list(widths)}")
     if any(not 1 <= at <= 8 for at in pools) or len(set(pools)) != len(pools):
         raise ValueError(f"decomposeme: pools must be different layers in 1..8, got {list(pools)}")
-    _check_sizes("decomposeme", classes, in_channels)
+    _check_options("decomposeme", classes, in_channels, order, norm)
 
     def layer(inputs: int, outputs: int) -> Layer:
         return _layer(inputs, outputs, 3, dense=dense, order=order, norm=norm)
@@ -206,7 +207,7 @@ def dec3(
     }
     if width < 1:
         raise ValueError(f"dec3: width must be positive, got {width}")
-    _check_sizes("dec3", classes, in_channels)
+    _check_options("dec3", classes, in_channels, order, norm)
     layers = [
         _layer(inputs, width, taps, dense=dense, order=order, norm=norm)
         for inputs, taps in ((in_channels, 9), (width, 9), (width, 7))
@@ -222,8 +223,15 @@ def _layer(
     return FactorizedConv2d(inputs, outputs, taps, padding="same", order=order, norm=norm)
 
 
-def _check_sizes(family: str, classes: int, in_channels: int) -> None:
+def _check_options(
+    family: str, classes: int, in_channels: int, order: str, norm: str | None
+) -> None:
+    """What dense layers would not look at is checked for them too."""
     if classes < 1 or in_channels < 1:
         raise ValueError(
             f"{family}: classes and in_channels must be positive, got {classes} and {in_channels}"
         )
+    for name, value, known in (("order", order, ORDERS), ("norm", norm, NORMS)):
+        if value not in known:
+            allowed = ", ".join(map(repr, known))
+            raise ValueError(f"{family}: {name} must be one of {allowed}, got {value!r}")

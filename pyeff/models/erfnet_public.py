@@ -68,8 +68,9 @@ def load_public_state_dict(model: ERFNet, state: Mapping[str, Tensor]) -> ERFNet
         del found[name]
     wanted = model.state_dict()
     names = public_names(model)
+    known = set(names.values())
     loaded: dict[str, Tensor] = {}
-    trouble: list[str] = []
+    trouble = [f"unknown {name}" for name in found if name not in known]
     for ours, public in names.items():
         if public not in found:
             # Checkpoints from before PyTorch 0.4.1 do not count batches.
@@ -83,8 +84,6 @@ def load_public_state_dict(model: ERFNet, state: Mapping[str, Tensor]) -> ERFNet
             )
         else:
             loaded[ours] = found[public]
-    known = set(names.values())
-    trouble += [f"unknown {name}" for name in found if name not in known]
     if trouble:
         shown = "; ".join(trouble[:8]) + (f"; and {len(trouble) - 8} more" if trouble[8:] else "")
         raise ValueError(f"{_OP}: state must hold the tensors of this model, got: {shown}")
