@@ -61,12 +61,13 @@ EXPECTED = {"block": block, "down": down, "up": up}
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_plain_torch(name, grad, train):
+@pytest.mark.parametrize("size", [(7, 9), (6, 8)])
+def test_equals_plain_torch(name, grad, train, size):
     layer = made(name, train)
     if name.startswith("block"):
         layer.dropout.p = 0.0
     twin = copy.deepcopy(layer)
-    x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
     expected = EXPECTED[name.split()[0]](twin, x, train)
     with torch.set_grad_enabled(grad):
         y = layer(x)
