@@ -8,6 +8,7 @@
 #include "cpu/factorized_conv2d_direct.h"
 #include "cpu/factorized_conv2d_kernels.h"
 #include "cpu/factorized_conv2d_weights.h"
+#include "cpu/factorized_conv2d_winograd_pair.h"
 #include "cpu/nested_conv2d_types.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
@@ -98,6 +99,9 @@ void forward(const TensorView& x, const Line& first, const Line* second, const E
   } else {
     call.first = memory.kernel(first, conv.inner, nullptr);
     call.second = memory.kernel(*second, epilogue.activation, &epilogue);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (conv.winograd) return run_winograd(call, conv.threads);
   }
   run_direct(call, conv.threads);
 }

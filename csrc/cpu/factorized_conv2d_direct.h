@@ -3,104 +3,11 @@
 // (vertical first: the horizontal line reads no other) or as the last n rows of a chain (horizontal
 // first), so that nothing is computed twice but at the borders between threads.
 
-#include "cpu/factorized_conv2d_line.h"
+#include "cpu/factorized_conv2d_call.h"
 #include "cpu/factorized_conv2d_rows.h"
-#include "cpu/image.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
-
-struct FactorizedScratch {
-  Scratch source, middle, out, residual, taps, row_taps;
-  Scratch weights, vectors;  // of the calling thread, read by all
-};
-inline FactorizedScratch& factorized_scratch() {
-  static thread_local FactorizedScratch scratch;
-  return scratch;
-}
-
-// Everything that the threads of a call share.
-template <typename T>
-struct PairCall {
-  using A = Accumulator<T>;
-
-  Image<const T> x, residual;  // residual.data may be null
-  Image<T> y;
-  LineKernel<A> first, second;
-  bool paired;          // whether there is a second line
-  bool vertical_first;  // or, of a single line, whether it is vertical
-  Index stride, padding, dilation;
-
-  Index taps() const { return first.layout.taps; }
-  const LineKernel<A>& last() const { return paired ? second : first; }
-
-  // What the horizontal line reads of a row: from column -padding on.
-  Index band_cols() const {
-    return larger(padding + x.cols, (y.cols - 1) * stride + (taps() - 1) * dilation + 1);
-  }
-  double multiply_adds() const {
-    const double first_pixels = !paired          ? double(y.rows * y.cols)
-                                : vertical_first ? double(y.rows * x.cols)
-                                                 : double(x.rows * y.cols);
-    double sum = first_pixels * double(first.layout.in * first.layout.out);
-    if (paired) sum += double(y.rows * y.cols) * double(second.layout.in * second.layout.out);
-    return sum * double(y.n) * double(taps());
-  }
-};
-
-// Rows of x and y as the lines want them: in the accumulator's type and with whole vectors of
-// channels, in place where they lie so.
-template <typename T>
-class PairRows {
- public:
-  using A = Accumulator<T>;
-
-  explicit PairRows(const PairCall<T>& call) : call_(call) {
-    const Index channels = call.y.channels;
-    direct_ = std::is_same_v<T, A> && channels % kNarrow == 0;
-    out_pixel_ = padded_lanes(channels);
-  }
-
-  RowOut<A> open(Index n, Index h) {
-    const Image<const T>& residual = call_.residual;
-    const T* added = residual.data == nullptr
-                         ? nullptr
-                         : residual.data + n * residual.n_stride + h * residual.row_stride;
-    if constexpr (std::is_same_v<T, A>) {
-      if (direct_) return {row_of_y(n, h), call_.y.col_stride, added, residual.col_stride};
-    }
-    FactorizedScratch& scratch = factorized_scratch();
-    RowOut<A> out{};
-    out.data = scratch.out.get<A>(call_.y.cols * out_pixel_);
-    out.pixel = out_pixel_;
-    if (added != nullptr) {
-      A* to = scratch.residual.get<A>(call_.y.cols * out_pixel_);
-      widen_pixels(added, residual.col_stride, to, out_pixel_, call_.y.cols, call_.y.channels);
-      out.residual = to;
-      out.residual_pixel = out_pixel_;
-    }
-    return out;
-  }
-
-  void close(Index n, Index h, const RowOut<A>& out) {
-    if (direct_) return;
-    T* to = row_of_y(n, h);
-    for (Index c = 0; c < call_.y.cols; ++c) {
-      const A* from = out.data + c * out.pixel;
-      T* pixel = to + c * call_.y.col_stride;
-      for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
-    }
-  }
-
- private:
-  T* row_of_y(Index n, Index h) const {
-    return call_.y.data + n * call_.y.n_stride + h * call_.y.row_stride;
-  }
-
-  const PairCall<T>& call_;
-  bool direct_;
-  Index out_pixel_;
-};
 
 // One thread's part of a call.
 template <typename T>
@@ -110,7 +17,7 @@ class PairWorker {
 
   explicit PairWorker(const PairCall<T>& call)
       : call_(call),
-        rows_(call),
+        rows_(call, 1),
         order_(call.y.rows, call.stride, call.dilation),
         scratch_(factorized_scratch()),
         row_taps_(scratch_.row_taps.get<RowTap<A>>(call.taps())),
@@ -124,7 +31,7 @@ class PairWorker {
   void run(Part positions) {
     for (Index t = positions.begin; t < positions.end; ++t) {
       const Index n = t / call_.y.rows, h = order_.row(t % call_.y.rows);
-      const RowOut<A> out = rows_.open(n, h);
+      const RowOut<A> out = rows_.open(n, h, 0);
       if (!call_.vertical_first) {
         horizontal_first(n, h, out);
       } else {

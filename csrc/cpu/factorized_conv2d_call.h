@@ -1,0 +1,109 @@
+#pragma once
+// What the direct and the Winograd form of a pair of 1-D convolutions share: the call, and the rows
+// of y that they write.
+
+#include "cpu/factorized_conv2d_line.h"
+#include "cpu/image.h"
+
+namespace pyeff::cpu::PYEFF_ISA {
+namespace {
+
+struct FactorizedScratch {
+  Scratch source, middle, out, residual, taps, row_taps, transformed;
+  Scratch weights, vectors;  // of the calling thread, read by all
+};
+inline FactorizedScratch& factorized_scratch() {
+  static thread_local FactorizedScratch scratch;
+  return scratch;
+}
+
+// Everything that the threads of a call share.
+template <typename T>
+struct PairCall {
+  using A = Accumulator<T>;
+
+  Image<const T> x, residual;  // residual.data may be null
+  Image<T> y;
+  LineKernel<A> first, second;
+  bool paired;          // whether there is a second line
+  bool vertical_first;  // or, of a single line, whether it is vertical
+  Index stride, padding, dilation;
+
+  Index taps() const { return first.layout.taps; }
+  const LineKernel<A>& last() const { return paired ? second : first; }
+
+  // What the horizontal line reads of a row: from column -padding on.
+  Index band_cols() const {
+    return larger(padding + x.cols, (y.cols - 1) * stride + (taps() - 1) * dilation + 1);
+  }
+  double multiply_adds() const {
+    const double first_pixels = !paired          ? double(y.rows * y.cols)
+                                : vertical_first ? double(y.rows * x.cols)
+                                                 : double(x.rows * y.cols);
+    double sum = first_pixels * double(first.layout.in * first.layout.out);
+    if (paired) sum += double(y.rows * y.cols) * double(second.layout.in * second.layout.out);
+    return sum * double(y.n) * double(taps());
+  }
+};
+
+// Rows of x and y as the lines want them: in the accumulator's type and with whole vectors of
+// channels, in place where they lie so.
+template <typename T>
+class PairRows {
+ public:
+  using A = Accumulator<T>;
+
+  // At most `slots` rows are open at a time.
+  PairRows(const PairCall<T>& call, Index slots) : call_(call) {
+    const Index channels = call.y.channels;
+    direct_ = std::is_same_v<T, A> && channels % kNarrow == 0;
+    pixel_ = padded_lanes(channels);
+    if (direct_) return;
+    const Index elements = slots * call.y.cols * pixel_;
+    out_ = factorized_scratch().out.get<A>(elements);
+    if (call.residual.data != nullptr) residual_ = factorized_scratch().residual.get<A>(elements);
+  }
+
+  RowOut<A> open(Index n, Index h, Index slot) {
+    const Image<const T>& residual = call_.residual;
+    const T* added = residual.data == nullptr
+                         ? nullptr
+                         : residual.data + n * residual.n_stride + h * residual.row_stride;
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct_) return {row_of_y(n, h), call_.y.col_stride, added, residual.col_stride};
+    }
+    RowOut<A> out{};
+    out.data = out_ + slot * call_.y.cols * pixel_;
+    out.pixel = pixel_;
+    if (added != nullptr) {
+      A* to = residual_ + slot * call_.y.cols * pixel_;
+      widen_pixels(added, residual.col_stride, to, pixel_, call_.y.cols, call_.y.channels);
+      out.residual = to;
+      out.residual_pixel = pixel_;
+    }
+    return out;
+  }
+
+  void close(Index n, Index h, const RowOut<A>& out) {
+    if (direct_) return;
+    T* to = row_of_y(n, h);
+    for (Index c = 0; c < call_.y.cols; ++c) {
+      const A* from = out.data + c * out.pixel;
+      T* pixel = to + c * call_.y.col_stride;
+      for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
+    }
+  }
+
+ private:
+  T* row_of_y(Index n, Index h) const {
+    return call_.y.data + n * call_.y.n_stride + h * call_.y.row_stride;
+  }
+
+  const PairCall<T>& call_;
+  bool direct_;
+  Index pixel_;
+  A *out_ = nullptr, *residual_ = nullptr;
+};
+
+}  // namespace
+}  // namespace pyeff::cpu::PYEFF_ISA
