@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyeff.measure import layer_costs, measure_cost, measure_latency, peak_activation_bytes
+from pyeff.nn import Downsampler, FactorizedConv2d, Upsampler
 
 
 def _net():
@@ -37,6 +38,30 @@ def test_counts_by_hand():
     assert cost.weight_bytes == 4 * (cost.params + 16) + 8  # running statistics, batch counter
     assert cost.latency_s is None
     assert cost.memory_bytes == cost.weight_bytes + cost.peak_bytes
+
+
+def test_pairs_and_what_folds_its_norm():
+    """Both members of a pair, the first at the size between; a layer's own convolution once."""
+    net = nn.Sequential(
+        Downsampler(3, 8),  # 5 x 3
+        FactorizedConv2d(8, 12, 3, 2, 1, rank=4, norm="both"),  # 3 x 2, by way of 3 x 3
+        FactorizedConv2d(12, 6, 3, 2, 1, order="horizontal_first"),  # 2 x 1, by way of 3 x 1
+        Upsampler(6, 2),  # 4 x 2
+        nn.ConvTranspose2d(2, 4, 2, 2, groups=2),
+    )
+    layers, peak = layer_costs(net.eval().to("meta"), (3, 10, 6))
+    assert [(layer.name, layer.macs) for layer in layers] == [
+        ("0.conv", 5 * 3 * 9 * 3 * 5),
+        ("1.first", 3 * 8 * 4 * 3 * 3),
+        ("1.second", 3 * 4 * 12 * 3 * 2),
+        ("2.first", 3 * 12 * 6 * 3 * 1),
+        ("2.second", 3 * 6 * 6 * 2 * 1),
+        ("3.conv", 9 * 6 * 2 * 2 * 1),
+        ("4", 4 * 2 * 2 * 4 * 2),
+    ]
+    # Weights with a norm folded in are no activation: here the first layer's maps are the most.
+    assert peak == layer_costs(net, (3, 10, 6))[1]
+    assert peak < 4 * (3 * 60 + 3 * 8 * 15 + 3 * 15)
 
 
 def test_masked_weights_count_nowhere():
