@@ -24,6 +24,13 @@ def evaluate(
     limit_test: Annotated[
         int | None, typer.Option(help="At most this many test images of each task.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of ERFNet: val or test; by default test if there is one.")
+    ] = None,
+    eval_size: Annotated[
+        str,
+        typer.Option(help="Of ERFNet: training, or official (also at the labels' own size)."),
+    ] = "training",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     k: Annotated[
         int | None, typer.Option(help="Of a HydraNet: branches that run for each image.")
@@ -34,13 +41,35 @@ def evaluate(
 ) -> None:
     """Print accuracy, parameters, MACs, bytes and measured latency of every task and level.
 
-    Of a HydraNet also what its gate does, and the use and accuracy of its branches.
+    Of a HydraNet also what its gate does, and the use and accuracy of its branches. Of ERFNet
+    mIoU and pixel accuracy.
 
     Example: pyeff eval --checkpoint runs/dvn --data data --json
     """
     from pyeff.train.report import evaluate_checkpoint, print_results
+    from pyeff.train.segmentation_report import is_segmentation_run
 
     try:
+        if is_segmentation_run(checkpoint):
+            _check_option(k is None, f"k must be left out for ERFNet, got {k}")
+            _evaluate_erfnet(
+                as_json,
+                checkpoint=checkpoint,
+                data=data,
+                split=split,
+                eval_size=eval_size,
+                limit_test=limit_test,
+                accuracy=accuracy,
+                latency=latency,
+                device=device,
+                backend=backend,
+            )
+            return
+        _check_option(split is None, f"split must be left out for this network, got {split}")
+        _check_option(
+            eval_size == "training",
+            f"eval_size must be left out for this network, got {eval_size}",
+        )
         results = evaluate_checkpoint(
             checkpoint,
             data=data,
@@ -62,3 +91,27 @@ def evaluate(
         typer.echo(json.dumps(document, indent=2))
     else:
         print_results(results)
+
+
+def _check_option(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(f"eval: {message}")
+
+
+def _evaluate_erfnet(as_json: bool, *, eval_size: str, **options: Any) -> None:
+    """The same for a network for segmentation."""
+    from pyeff.train.segmentation_report import (
+        evaluate_segmentation_checkpoint,
+        print_segmentation_report,
+    )
+
+    sizes = ("training", "official")
+    _check_option(
+        eval_size in sizes, f"eval_size must be one of {', '.join(sizes)}, got {eval_size!r}"
+    )
+    report = evaluate_segmentation_checkpoint(official=eval_size == "official", **options)
+    if as_json:
+        document = {"checkpoint": options["checkpoint"], **report.to_json()}
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        print_segmentation_report(report)

@@ -2,9 +2,11 @@
 
 import typer
 
+from pyeff.cli._train_erfnet import train_erfnet
 from pyeff.cli.demo import demo
 from pyeff.cli.eval import evaluate
 from pyeff.cli.info import info
+from pyeff.cli.predict import predict
 from pyeff.cli.train import train
 
 app = typer.Typer(
@@ -25,4 +27,6 @@ def main() -> None:
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
+train.command("erfnet")(train_erfnet)
 app.add_typer(train)
+app.add_typer(predict)

@@ -1,21 +1,20 @@
 """`pyeff train dvn|nestednet|backbone|hydranet`: from a folder of images to a trained network."""
 
-import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from pyeff.cli._options import Option, is_given, make_command
+
 train = typer.Typer(
     name="train",
-    help="Train a nested network, a HydraNet, or the plain backbone.",
+    help="Train a nested network, a HydraNet, the plain backbone, or ERFNet.",
     no_args_is_help=True,
 )
 
-_Option = tuple[str, Any, Any, str]
-
-_RUN: list[_Option] = [
+_RUN: list[Option] = [
     (
         "task",
         list[str],
@@ -53,8 +52,8 @@ _RUN: list[_Option] = [
     ("backend", str | None, None, "Force one backend of the operators (torch, cpp, triton, ...)."),
     ("progress", bool, True, "A progress bar, on a terminal."),
 ]
-_ONE_TASK: list[_Option] = [("task", list[str], ["digits:class"], _RUN[0][3]), *_RUN[1:]]
-_LEVELS: list[_Option] = [
+_ONE_TASK: list[Option] = [("task", list[str], ["digits:class"], _RUN[0][3]), *_RUN[1:]]
+_LEVELS: list[Option] = [
     ("levels", int, 4, "Number of levels."),
     (
         "level-rule",
@@ -67,7 +66,7 @@ _LEVELS: list[_Option] = [
     ("prune-until", float, 0.5, "Weight strategy: share of the steps in which masks are thinned."),
     ("task-rule", str, "joint", "joint: one optimiser step for all tasks; alternate: one each."),
 ]
-_NETWORK: list[_Option] = [
+_NETWORK: list[Option] = [
     ("backbone", str, "resnet20", "resnet8, resnet20, ..., wrn32_4, wrn28_10, resnet18, ..."),
     ("width", list[int] | None, None, "Channels of each stage, once for each, to replace its own."),
     ("depth", list[int] | None, None, "Blocks of each stage, once for each, to replace its own."),
@@ -92,40 +91,15 @@ _RENAMED = {"task": "tasks"}
 _ELSEWHERE = ("resume", "overwrite", "backend", "model")
 
 
-def _command(family: str, options: list[_Option], doc: str) -> Callable[..., None]:
-    """A typer command whose options are those of the tables above."""
-
-    def run(ctx: typer.Context, **values: Any) -> None:
-        _train(ctx, family, values)
-
-    context = inspect.Parameter(
-        "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-    )
-    parameters = [context]
-    for name, kind, default, text in options:
-        flags = [f"--{name}/--no-{name}" if kind is bool and default else f"--{name}"]
-        if name == "depth" and kind == int | None:
-            flags.append("-d")  # the papers' letter, where depth is one number
-        parameters.append(
-            inspect.Parameter(
-                name.replace("-", "_"),
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[kind, typer.Option(*flags, help=text)],
-            )
-        )
-    run.__name__, run.__doc__ = family, doc
-    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    # typer reads the signature; writing each command's forty options out would hide what differs.
-    vars(run)["__signature__"] = inspect.Signature(parameters)
-    return run
+def _command(family: str, options: list[Option], doc: str) -> Callable[..., None]:
+    return make_command(family, options, doc, _train)
 
 
 def _train(ctx: typer.Context, family: str, values: dict[str, Any]) -> None:
     from pyeff.train import TrainingInterrupted
     from pyeff.train.report import train_and_report
 
-    given = {name: value for name, value in values.items() if _is_given(ctx, name)}
+    given = {name: value for name, value in values.items() if is_given(ctx, name)}
     try:
         config = _config(family, values, given)
         train_and_report(
@@ -141,12 +115,6 @@ def _train(ctx: typer.Context, family: str, values: dict[str, Any]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    # By name: typer brings its own copy of click's enumeration from 0.29 on.
-    return source is not None and source.name != "DEFAULT"
 
 
 def _config(command: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -179,7 +147,7 @@ def _config(command: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
 
 
 _SHARING = "Who has its own: private (task and level), task, or shared."
-_DVN: list[_Option] = [
+_DVN: list[Option] = [
     ("slice-mode", str, "full", "full, inner or grouped: which channels are cut into units."),
     ("norm-affine", str, "private", f"Batch norm's scale and shift. {_SHARING}"),
     (
@@ -223,7 +191,7 @@ train.command("backbone")(
     )
 )
 
-_HYDRANET: list[_Option] = [
+_HYDRANET: list[Option] = [
     (
         "model",
         str,

@@ -7,6 +7,7 @@ from pyeff.train.segmentation_data import (
     IGNORE,
     Colour,
     LabelFormat,
+    Reading,
     SegmentationData,
     paired,
     pictures_of,
@@ -44,14 +45,7 @@ _VOID = len(CLASSES)
 _SPLITS = ("train", "val", "test")
 
 
-def read_camvid(
-    data: Path | None,
-    size: tuple[int, int],
-    *,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    shown: bool = False,
-) -> SegmentationData:
+def read_camvid(data: Path | None, reading: Reading) -> SegmentationData:
     """Reads CamVid's 367 / 101 / 233 frames of 360 x 480.
 
     Expects ``train``, ``val`` and ``test`` with pictures and ``trainannot``, ``valannot`` and
@@ -59,13 +53,10 @@ def read_camvid(
 
     Args:
         data: the folder that holds ``CamVid``, or that folder itself.
-        size: ``(H, W)`` to train at.
-        limit_train: at most so many training frames.
-        limit_test: at most so many of the others.
-        shown: a progress bar, on a terminal.
+        reading: at which size, and how many.
 
     Returns:
-        The data, three splits.
+        The data, up to three splits.
 
     Raises:
         ValueError: a folder or file is missing or broken; names the path.
@@ -76,21 +67,21 @@ def read_camvid(
     """
     if data is None:
         raise ValueError(f"camvid: data must name the folder that holds {_FOLDER}, got none")
-    root = data if (data / "train").is_dir() or data.name == _FOLDER else data / _FOLDER
-    wanted = [f"{split}{kind}" for split in _SPLITS for kind in ("", "annot")]
+    root = data if (data / "val").is_dir() or data.name == _FOLDER else data / _FOLDER
+    chosen = [split for split in _SPLITS if split in reading.splits]
+    wanted = [f"{split}{kind}" for split in chosen for kind in ("", "annot")]
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
         raise ValueError(f"camvid: {root} must hold the folders {wanted}, got no {missing}")
     labels = LabelFormat({**{c: c for c in range(_VOID)}, _VOID: IGNORE}, "camvid")
     splits = {}
-    for split in _SPLITS:
+    for split in chosen:
         pairs = paired(
             pictures_of(root / split, "camvid"),
             partial(_label_of, root / f"{split}annot"),
             "camvid",
         )
-        limit = limit_train if split == "train" else limit_test
-        splits[split] = read_split(pairs, labels, size, limit=limit, shown=shown)
+        splits[split] = read_split(split, pairs, labels, reading)
     return SegmentationData("camvid", CLASSES, PALETTE, splits)
 
 

@@ -6,6 +6,7 @@ from pyeff.train.segmentation_data import (
     IGNORE,
     Colour,
     LabelFormat,
+    Reading,
     SegmentationData,
     paired,
     pictures_of,
@@ -38,17 +39,11 @@ _CLASSES: tuple[tuple[str, int, Colour], ...] = (
 LABEL_IDS = {i: IGNORE for i in range(34)} | {
     label_id: train_id for train_id, (_, label_id, _) in enumerate(_CLASSES)
 }
+_SPLITS: tuple[str, ...] = ("train", "val")
 _PICTURES, _LABELS = "leftImg8bit", "gtFine"
 
 
-def read_cityscapes(
-    data: Path | None,
-    size: tuple[int, int],
-    *,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    shown: bool = False,
-) -> SegmentationData:
+def read_cityscapes(data: Path | None, reading: Reading) -> SegmentationData:
     """Reads Cityscapes' 2,975 training and 500 validation pictures of 1024 x 2048.
 
     Expects ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png`` and
@@ -57,13 +52,10 @@ def read_cityscapes(
 
     Args:
         data: the folder that holds ``leftImg8bit`` and ``gtFine``.
-        size: ``(H, W)`` to train at; 512 x 1024 takes about 6 GB of memory.
-        limit_train: at most so many training pictures.
-        limit_test: at most so many of the others.
-        shown: a progress bar, on a terminal.
+        reading: at which size, and how many; all of them at 512 x 1024 take 6 GB of memory.
 
     Returns:
-        The data, two splits.
+        The data, up to two splits.
 
     Raises:
         ValueError: a folder or file is missing or broken; names the path.
@@ -83,11 +75,10 @@ def read_cityscapes(
         )
     labels = LabelFormat(LABEL_IDS, "cityscapes")
     splits = {}
-    for split in ("train", "val"):
+    for split in (name for name in _SPLITS if name in reading.splits):
         pictures = pictures_of(data / _PICTURES / split, "cityscapes")
         pairs = paired(pictures, lambda picture: _label_of(picture, data), "cityscapes")
-        limit = limit_train if split == "train" else limit_test
-        splits[split] = read_split(pairs, labels, size, limit=limit, shown=shown)
+        splits[split] = read_split(split, pairs, labels, reading)
     return SegmentationData(
         "cityscapes",
         tuple(name for name, _, _ in _CLASSES),

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyeff.train.camvid import read_camvid
 from pyeff.train.cityscapes import read_cityscapes
-from pyeff.train.segmentation_data import SegmentationData
+from pyeff.train.segmentation_data import Reading, SegmentationData
 from pyeff.train.segmentation_folder import read_segmentation_folder
 from pyeff.train.segmentation_metrics import EVAL_SIZES
 from pyeff.train.streets import read_streets
@@ -156,12 +156,14 @@ def segmentation_config_from_json(document: Mapping[str, Any]) -> SegmentationCo
     return SegmentationConfig(**document)
 
 
-def load_segmentation(config: SegmentationConfig, *, shown: bool | None = None) -> SegmentationData:
+def load_segmentation(
+    config: SegmentationConfig, splits: tuple[str, ...] = ("train", "val", "test")
+) -> SegmentationData:
     """Reads, or draws, the data that a run names.
 
     Args:
         config: the run.
-        shown: a progress bar, on a terminal; by default what the run says.
+        splits: the ones to read, of those that are there.
 
     Returns:
         The data, at the run's size.
@@ -170,18 +172,16 @@ def load_segmentation(config: SegmentationConfig, *, shown: bool | None = None) 
         ValueError: a folder or file is missing or broken; names the path.
         ImportError: pillow is missing.
     """
-    shown = config.progress if shown is None else shown
-    size = (config.size[0], config.size[1])
-    if config.dataset == "streets":
-        scenes = min(config.scenes, config.limit_train or config.scenes)
-        return read_streets(size, scenes=scenes, limit_test=config.limit_test, shown=shown)
-    return _READERS[config.dataset](
-        Path(config.data) if config.data is not None else None,
-        size,
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-        shown=shown,
+    reading = Reading(
+        (config.size[0], config.size[1]),
+        splits,
+        config.limit_train,
+        config.limit_test,
+        config.progress,
     )
+    if config.dataset == "streets":
+        return read_streets(reading, config.scenes)
+    return _READERS[config.dataset](Path(config.data) if config.data is not None else None, reading)
 
 
 def _check(config: SegmentationConfig, name: str, holds: bool, contract: str) -> None:

@@ -26,6 +26,29 @@ Pair = tuple[Path, Path]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a data set is read.
+
+    Attributes:
+        size: ``(H, W)`` to which pictures and labels are scaled.
+        splits: the ones to read, of those that are there.
+        limit_train: at most so many training pictures, evenly spread.
+        limit_test: at most so many in each other split.
+        shown: a progress bar, on a terminal.
+    """
+
+    size: tuple[int, int]
+    splits: tuple[str, ...] = ("train", "val", "test")
+    limit_train: int | None = None
+    limit_test: int | None = None
+    shown: bool = False
+
+    def limit(self, split: str) -> int | None:
+        """At most how many pictures of a split are wanted."""
+        return self.limit_train if split == "train" else self.limit_test
+
+
+@dataclass(frozen=True)
 class SegmentationSplit:
     """Pictures of one split, at the size of the run, and their labels.
 
@@ -179,21 +202,15 @@ def resized(values: np.ndarray, size: tuple[int, int], *, label: bool = False) -
 
 
 def read_split(
-    pairs: Sequence[Pair],
-    labels: LabelFormat,
-    size: tuple[int, int],
-    *,
-    limit: int | None = None,
-    shown: bool = False,
+    split: str, pairs: Sequence[Pair], labels: LabelFormat, reading: Reading
 ) -> SegmentationSplit:
     """Reads pictures and labels into memory, several at a time.
 
     Args:
+        split: its name.
         pairs: files of picture and label.
         labels: how to read the latter.
-        size: ``(H, W)`` to which they are scaled.
-        limit: take at most so many, spread evenly over all.
-        shown: a progress bar, on a terminal.
+        reading: at which size, and how many.
 
     Returns:
         The split, in the order of ``pairs``.
@@ -202,6 +219,7 @@ def read_split(
         ValueError: there are none, a file is broken, or a picture and its label differ in size.
         ImportError: pillow is missing.
     """
+    limit, size = reading.limit(split), reading.size
     if limit is not None and limit < len(pairs):
         # Frames of a video follow each other: the first ones would all show the same street.
         pairs = [pairs[i * len(pairs) // limit] for i in range(limit)]
@@ -221,7 +239,7 @@ def read_split(
         images[index] = torch.from_numpy(resized(image, size).copy())
         classes[index] = torch.from_numpy(resized(own, size, label=True).copy())
 
-    each_of(read, len(pairs), f"reading {labels.what}", shown)
+    each_of(read, len(pairs), f"reading {labels.what} {split}", reading.shown)
     return SegmentationSplit(
         images,
         classes,

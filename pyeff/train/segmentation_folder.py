@@ -1,12 +1,14 @@
 """A plain folder of pictures and labels: the way in for data of one's own."""
 
 import colorsys
+from dataclasses import replace
 from pathlib import Path
 
 from pyeff.train.segmentation_data import (
     IGNORE,
     Colour,
     LabelFormat,
+    Reading,
     SegmentationData,
     paired,
     pictures_of,
@@ -16,14 +18,7 @@ from pyeff.train.segmentation_data import (
 CLASSES_FILE = "classes.txt"
 
 
-def read_segmentation_folder(
-    data: Path | None,
-    size: tuple[int, int],
-    *,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    shown: bool = False,
-) -> SegmentationData:
+def read_segmentation_folder(data: Path | None, reading: Reading) -> SegmentationData:
     """Reads a data set of one's own.
 
     ::
@@ -38,10 +33,7 @@ def read_segmentation_folder(
 
     Args:
         data: the folder.
-        size: ``(H, W)`` to train at.
-        limit_train: at most so many training pictures.
-        limit_test: at most so many of the others.
-        shown: a progress bar, on a terminal.
+        reading: at which size, and how many.
 
     Returns:
         The data. Where there is no ``val``, ``test`` stands for it too.
@@ -61,16 +53,18 @@ def read_segmentation_folder(
             f"folder: {pictures} must hold the folders train and val (or test), got "
             f"{found or 'none'}"
         )
+    if "val" not in found and "val" in reading.splits:
+        reading = replace(reading, splits=(*reading.splits, "test"))
     splits = {}
-    for split in found:
+    for split in (name for name in found if name in reading.splits):
         pairs = paired(
             pictures_of(pictures / split, "folder"),
             lambda picture: folder / picture.relative_to(pictures).with_suffix(".png"),
             "folder",
         )
-        limit = limit_train if split == "train" else limit_test
-        splits[split] = read_split(pairs, labels, size, limit=limit, shown=shown)
-    splits.setdefault("val", splits[found[-1]])
+        splits[split] = read_split(split, pairs, labels, reading)
+    if "val" in reading.splits:
+        splits.setdefault("val", splits[found[-1]])
     return SegmentationData(data.name, names, palette, splits)
 
 

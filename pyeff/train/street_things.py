@@ -217,8 +217,8 @@ def draw_things(canvas: Canvas, street: Street, rng: np.random.Generator) -> Non
         side = rng.choice([-1, 1])
         things.append((rng.uniform(7, 65), beside(side, 0.7, street.pavement(side) + 2.5), tree))
     for _ in range(rng.integers(3, 9)):
-        painter = pole if rng.random() < 0.5 else sign
-        things.append((rng.uniform(5, 50), beside(rng.choice([-1, 1]), 0.2, 0.9), painter))
+        upright: Painter = pole if rng.random() < 0.5 else sign
+        things.append((rng.uniform(5, 50), beside(rng.choice([-1, 1]), 0.2, 0.9), upright))
     for _ in range(rng.integers(3, 12)):
         place = street.middle + rng.choice([-1, 1]) * rng.uniform(0.3, 0.9) * half
         things.append((rng.uniform(5, 45), place, car))

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyeff._extras import require
 from pyeff.train.batches import seed_of
 from pyeff.train.camvid import CLASSES, PALETTE
-from pyeff.train.segmentation_data import SegmentationData, SegmentationSplit, each_of
+from pyeff.train.segmentation_data import Reading, SegmentationData, SegmentationSplit, each_of
 from pyeff.train.street_scene import (
     Camera,
     Canvas,
@@ -81,45 +81,37 @@ def _photograph(canvas: Canvas, scale: int, rng: np.random.Generator) -> np.ndar
     return np.clip(values + noise, 0, 255).astype(np.uint8)
 
 
-def read_streets(
-    size: tuple[int, int],
-    *,
-    scenes: int = 400,
-    limit_test: int | None = None,
-    shown: bool = False,
-) -> SegmentationData:
+def read_streets(reading: Reading, scenes: int = 400) -> SegmentationData:
     """Draws a data set of street scenes, the same ones at every call.
 
     Args:
-        size: ``(H, W)`` of the pictures.
-        scenes: how many to learn from.
-        limit_test: at most so many in each other split, of 60 (``val``) and 100 (``test``).
-        shown: a progress bar, on a terminal.
+        reading: at which size, and at most how many.
+        scenes: how many to learn from; beside them 60 for ``val`` and 100 for ``test``.
 
     Returns:
-        The data, three splits with CamVid's 11 classes.
+        The data, up to three splits with CamVid's 11 classes.
 
     Raises:
         ImportError: pillow is missing.
     """
     counts = {"train": scenes, **HELD_OUT}
     splits = {}
-    for split, count in counts.items():
-        if split != "train" and limit_test is not None:
-            count = min(count, limit_test)
-        splits[split] = _draw_split(split, count, size, shown)
+    for split in (name for name in counts if name in reading.splits):
+        limit = reading.limit(split)
+        count = counts[split] if limit is None else min(counts[split], limit)
+        splits[split] = _draw_split(split, count, reading)
     return SegmentationData("streets", CLASSES, PALETTE, splits)
 
 
-def _draw_split(split: str, count: int, size: tuple[int, int], shown: bool) -> SegmentationSplit:
-    images = torch.empty((count, *size, 3), dtype=torch.uint8)
-    labels = torch.empty((count, *size), dtype=torch.uint8)
+def _draw_split(split: str, count: int, reading: Reading) -> SegmentationSplit:
+    images = torch.empty((count, *reading.size, 3), dtype=torch.uint8)
+    labels = torch.empty((count, *reading.size), dtype=torch.uint8)
 
     def draw(index: int) -> None:
-        image, label = street_scene(seed_of("street", split, index), size)
+        image, label = street_scene(seed_of("street", split, index), reading.size)
         images[index], labels[index] = torch.from_numpy(image), torch.from_numpy(label.copy())
 
-    each_of(draw, count, "drawing streets", shown)
+    each_of(draw, count, f"drawing streets {split}", reading.shown)
     own: Callable[[int], Tensor] = labels.__getitem__
     names = tuple(f"{split}_{index:04d}" for index in range(count))
     return SegmentationSplit(images, labels, names, own)

@@ -1,0 +1,317 @@
+"""A trained network on pictures and videos: a class for every pixel, and files to look at."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pyeff.checkpoint import read_archive, rebuild, write_bytes_atomically
+from pyeff.train.network import lay_out
+from pyeff.train.processes import choose_device
+from pyeff.train.progress_bar import Bar, progress_bar
+from pyeff.train.segmentation_augment import to_input
+from pyeff.train.segmentation_data import SUFFIXES, Colour, read_picture, resized
+from pyeff.train.segmentation_overlay import label_png, overlay, png
+
+VIDEO_SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+_RATE = 25.0
+
+
+class Segmenter:
+    """A trained network that labels the pixels of a picture of any size.
+
+    Args:
+        checkpoint: a run's folder, or a file that ``pyeff train erfnet`` wrote.
+        size: ``(H, W)`` that the network sees; ``None`` for the size that it was trained at.
+        own_size: the network sees every picture at the picture's own size instead.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        precision: ``fp32``, or ``bf16`` (autocast).
+
+    Attributes:
+        model: the network, in eval mode.
+        class_names: one a class.
+        palette: a colour a class.
+        size: what the network sees; ``None`` for own sizes.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is not of such a run, the precision is unknown, or both sizes are given.
+
+    Example:
+        >>> segmenter = Segmenter("runs/erfnet")  # doctest: +SKIP
+        >>> labels = segmenter.label(image)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        size: tuple[int, int] | None = None,
+        own_size: bool = False,
+        device: str = "auto",
+        precision: str = "fp32",
+    ) -> None:
+        tensors, meta = read_archive(checkpoint)
+        if "segmentation" not in meta:
+            raise ValueError(
+                f"predict: {checkpoint} must be of a run of pyeff train erfnet, got a "
+                f"{meta.get('kind')} of something else"
+            )
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"predict: precision must be fp32 or bf16, got {precision!r}")
+        if size is not None and (own_size or min(size) < 1):
+            raise ValueError(
+                f"predict: size must be positive, and left out with own_size, got {size}"
+            )
+        described = meta["segmentation"]
+        self.class_names: tuple[str, ...] = tuple(described["class_names"])
+        self.palette: tuple[Colour, ...] = tuple(tuple(c) for c in described["palette"])
+        trained = described["size"][0], described["size"][1]
+        self.size: tuple[int, int] | None = None if own_size else (size or trained)
+        self.device = choose_device(device)
+        self.model = rebuild(tensors, meta, checkpoint).to(self.device)
+        lay_out(self.model, torch.channels_last)
+        self._dtype = next(self.model.parameters()).dtype
+        self._autocast = precision == "bf16"
+
+    def label(self, image: np.ndarray) -> np.ndarray:
+        """Labels a picture.
+
+        Args:
+            image: uint8 ``[H, W, 3]``.
+
+        Returns:
+            uint8 ``[H, W]``: a class for every pixel. The network's logits are scaled up to the
+            picture's own size.
+        """
+        seen = resized(image, self.size or (image.shape[0], image.shape[1]))
+        x = to_input(torch.from_numpy(seen.copy()).unsqueeze(0)).to(self.device, self._dtype)
+        with torch.inference_mode():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                logits = self.model(x)
+            logits = logits.float() if self._autocast else logits
+            if logits.shape[2:] != image.shape[:2]:
+                own = (image.shape[0], image.shape[1])
+                logits = functional.interpolate(logits, own, mode="bilinear", align_corners=False)
+            labels: np.ndarray = logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+        return labels
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was written for one picture or video.
+
+    Attributes:
+        source: the picture or video.
+        overlay: picture, or video, with the colours over it.
+        labels: picture of class numbers; of a video a folder with one a frame.
+        frames: 1 for a picture.
+        shares: the share of all pixels of every class that was found.
+        seconds: of the network and what scales its output, for one frame.
+    """
+
+    source: str
+    overlay: str
+    labels: str
+    frames: int
+    shares: dict[str, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gather(sources: Sequence[str]) -> list[tuple[Path, Path]]:
+    """All pictures and videos that some paths name.
+
+    Args:
+        sources: files, and folders to search at any depth.
+
+    Returns:
+        Each file, with its name below the output folder, without a suffix.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a file is neither picture nor video, a folder holds none, or two files would be
+            written under one name.
+    """
+    found: list[tuple[Path, Path]] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            files = sorted(p for p in source.rglob("*") if _is_known(p))
+            if not files:
+                raise ValueError(f"predict: {source} must hold pictures or videos, got none")
+            found += [(file, file.relative_to(source).with_suffix("")) for file in files]
+        elif not source.exists():
+            raise FileNotFoundError(f"predict: images must name files or folders, got {source}")
+        elif not _is_known(source):
+            raise ValueError(
+                f"predict: {source} must be a picture {sorted(SUFFIXES)} or a video "
+                f"{sorted(VIDEO_SUFFIXES)}"
+            )
+        else:
+            found.append((source, Path(source.stem)))
+    if not found:
+        raise ValueError("predict: images must name at least one file or folder, got none")
+    seen: dict[Path, Path] = {}
+    for file, name in found:
+        if name in seen:
+            raise ValueError(
+                f"predict: images must have different names, got {seen[name]} and {file}"
+            )
+        seen[name] = file
+    return found
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES
+
+
+def predict_files(
+    segmenter: Segmenter,
+    sources: Sequence[str],
+    out: str,
+    *,
+    opacity: float = 0.5,
+    shown: bool = True,
+) -> list[Prediction]:
+    """Labels pictures and videos, and writes ``NAME_overlay`` and ``NAME_labels`` for each.
+
+    Args:
+        segmenter: the network.
+        sources: files, and folders to search at any depth.
+        out: folder to write to; made if it is missing.
+        opacity: of the colours over the picture.
+        shown: a progress bar, on a terminal.
+
+    Returns:
+        One entry a file.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`gather`; a file is broken; the opacity is out of
+            [0, 1].
+        ImportError: pillow is missing, or imageio for a video.
+    """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"predict: opacity must be in [0, 1], got {opacity}")
+    files, folder = gather(sources), Path(out)
+    if any(file.suffix.lower() in VIDEO_SUFFIXES for file, _ in files):
+        _imageio()  # what is missing shall be said before anything is written
+    with progress_bar(len(files), 0, shown) as bar:
+        return [
+            (_video if file.suffix.lower() in VIDEO_SUFFIXES else _picture)(
+                segmenter, file, folder / name, opacity, bar
+            )
+            for file, name in files
+        ]
+
+
+class _Tally:
+    """Time and pixels over the frames of a file."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self._segmenter = segmenter
+        self._counts = np.zeros(256, dtype=np.int64)
+        self.frames, self._seconds = 0, 0.0
+
+    def label(self, image: np.ndarray) -> np.ndarray:
+        """Labels a frame and counts it."""
+        began = time.perf_counter()
+        labels = self._segmenter.label(image)
+        self._seconds += time.perf_counter() - began
+        self._counts += np.bincount(labels.reshape(-1), minlength=256)
+        self.frames += 1
+        return labels
+
+    def prediction(self, source: Path, overlay_path: Path, labels: Path) -> Prediction:
+        """What was found, in words and numbers."""
+        names, total = self._segmenter.class_names, max(1, int(self._counts.sum()))
+        shares = {n: int(c) / total for n, c in zip(names, self._counts, strict=False) if c}
+        seconds = self._seconds / max(1, self.frames)
+        return Prediction(str(source), str(overlay_path), str(labels), self.frames, shares, seconds)
+
+
+def _picture(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Bar) -> Prediction:
+    tally, image = _Tally(segmenter), read_picture(file, "predict")
+    labels = tally.label(image)
+    over, label = Path(f"{name}_overlay.png"), Path(f"{name}_labels.png")
+    write_bytes_atomically(over, png(overlay(image, labels, segmenter.palette, opacity)))
+    write_bytes_atomically(label, label_png(labels, segmenter.palette))
+    bar.advance(file.name)
+    return tally.prediction(file, over, label)
+
+
+def _video(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Bar) -> Prediction:
+    tally, frames = _Tally(segmenter), Path(f"{name}_labels")
+    over = Path(f"{name}_overlay.mp4")
+    frames.mkdir(parents=True, exist_ok=True)
+
+    def painted() -> Iterator[np.ndarray]:
+        for image in pictures:
+            labels = tally.label(image)
+            path = frames / f"{tally.frames - 1:06d}.png"
+            write_bytes_atomically(path, label_png(labels, segmenter.palette))
+            yield overlay(image, labels, segmenter.palette, opacity)
+
+    rate, pictures, close = _opened(file)
+    try:
+        _write_video(over, painted(), rate)
+    finally:
+        close()
+    bar.advance(file.name)
+    return tally.prediction(file, over, frames)
+
+
+def _imageio() -> ModuleType:
+    try:
+        import imageio.v2 as imageio
+    except ModuleNotFoundError as error:
+        # Not one of pyeff's extras: it brings a whole ffmpeg with it.
+        raise ImportError(
+            "imageio is needed to read videos: pip install imageio[ffmpeg]", name="imageio"
+        ) from error
+    module: ModuleType = imageio
+    return module
+
+
+def _opened(file: Path) -> tuple[float, Iterator[np.ndarray], Callable[[], None]]:
+    """A video's frames a second, its frames as RGB, and what closes it."""
+    try:
+        reader = _imageio().get_reader(file)
+        rate = float(reader.get_meta_data().get("fps") or _RATE)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"predict: {file} must be a video, got {error}") from error
+    # An animated picture may have an alpha channel; grey ones have no third dimension.
+    return rate, (_rgb(np.asarray(frame)) for frame in reader), reader.close
+
+
+def _rgb(frame: np.ndarray) -> np.ndarray:
+    if frame.ndim == 2:
+        frame = np.repeat(frame[..., None], 3, axis=2)
+    return np.ascontiguousarray(frame[..., :3])
+
+
+def _write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> None:
+    """Writes a video under a temporary name and renames it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        # Sides need only be even: by default they would be scaled to multiples of 16.
+        writer = _imageio().get_writer(temporary, fps=rate, macro_block_size=2)
+        try:
+            for frame in frames:
+                writer.append_data(frame)
+        finally:
+            writer.close()
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,147 @@
+"""A run for segmentation on disk: everything that the next step depends on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff.checkpoint import (
+    config_differences,
+    load_model_tensors,
+    model_config,
+    model_tensors,
+    read_archive,
+    write_archive,
+)
+from pyeff.train.segmentation_config import SegmentationConfig, segmentation_config_from_json
+from pyeff.train.state import kept
+
+KIND = "segmentation training"
+BEST_FILE_NAME = "best.safetensors"
+_ADAM = "optimizer."
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class SegmentationProgress:
+    """Where a run stands.
+
+    Attributes:
+        stage: 1 for the encoder alone, 2 for the whole network; whose weights are kept beside.
+        step: steps done, over both stages.
+        loss_sum: of this epoch's steps so far.
+        loss_count: how many losses are in the sum.
+        seconds: spent in training steps so far, over all sessions.
+        best_epoch: of stage 2, from 1; 0 before the first evaluation.
+        best_miou: of that epoch.
+    """
+
+    stage: int
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_miou: float = -1.0
+
+
+def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """The moments and step counts of Adam, by the parameter's name."""
+    return {
+        f"{_ADAM}{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+
+
+def load_adam_tensors(
+    model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]
+) -> None:
+    """Restores what :func:`adam_tensors` gave."""
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        saved = {m: tensors.get(f"{_ADAM}{m}.{name}") for m in _MOMENTS}
+        first, second, count = (saved[m] for m in _MOMENTS)
+        if first is None or second is None or count is None:
+            continue
+        optimizer.state[parameter] = {
+            "step": count,
+            "exp_avg": torch.empty_like(parameter, requires_grad=False).copy_(first),
+            "exp_avg_sq": torch.empty_like(parameter, requires_grad=False).copy_(second),
+        }
+
+
+def save_segmentation_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    progress: SegmentationProgress,
+    meta: Mapping[str, Any],
+) -> None:
+    """Writes a run's state, atomically.
+
+    Args:
+        path: the file to write or replace.
+        model: of the stage that the run is in, with its ``config``.
+        optimizer: whose moments are kept.
+        progress: where the run stands.
+        meta: more to keep (JSON-able): the run's configuration, its data, the metrics so far.
+
+    Raises:
+        FloatingPointError: a weight is not finite; the file that stands already is kept.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise FloatingPointError(
+                f"train: weights must be finite to be saved, got {name} after step {progress.step} "
+                f"with values that are not; {kept(path)}"
+            )
+    document = {
+        **meta,
+        "kind": KIND,
+        "model": model_config(model),
+        "progress": asdict(progress),
+    }
+    write_archive(path, {**model_tensors(model), **adam_tensors(model, optimizer)}, document)
+
+
+def read_segmentation_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what :func:`save_segmentation_state` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of another kind of run.
+    """
+    tensors, meta = read_archive(path)
+    if meta.get("kind") != KIND:
+        raise ValueError(
+            f"resume: {path} must be a run of pyeff train erfnet, got a {meta.get('kind')}"
+        )
+    return tensors, meta
+
+
+def check_same_run(path: Path, meta: Mapping[str, Any], config: SegmentationConfig) -> None:
+    """Refuses to go on with a run of other settings.
+
+    Raises:
+        ValueError: lists what differs.
+    """
+    before = segmentation_config_from_json(meta["config"]).deciding()
+    differences = config_differences(before, config.deciding())
+    if differences:
+        raise ValueError(
+            f"resume: {path} must be of a run with the same settings, got: "
+            + "; ".join(differences)
+        )
+
+
+def restore_tensors(
+    path: Path, model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]
+) -> None:
+    """Fills a stage's network and optimiser."""
+    load_model_tensors(model, tensors, str(path))
+    load_adam_tensors(model, optimizer, tensors)
