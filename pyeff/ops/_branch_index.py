@@ -1,25 +1,20 @@
-"""The values of a route index: checked once, kept as long as the index lives."""
-
-from typing import NamedTuple
+"""The values of a route index: checked once for each version of them."""
 
 import torch
 from torch import Tensor
 
 from pyeff.ops._weak_cache import WeakTensorCache
 
-
-class _Known(NamedTuple):
-    highest: int  # -1 where there is no route
-    int32: Tensor | None  # the form that kernels read, where it is not the index itself
-
-
-_known: WeakTensorCache[_Known] = WeakTensorCache()
+# The highest branch that an index names, -1 where there is no route. No copy of the values is kept,
+# since memory that is shared with another library changes without a new version; the native
+# functions check what they read.
+_highest: WeakTensorCache[int] = WeakTensorCache()
 
 
 def remember_valid(index: Tensor, branches: int) -> None:
-    """Says that a contiguous int32 ``index`` just made names branches below ``branches`` only."""
+    """Says that an ``index`` just made names branches below ``branches`` only."""
     if not index.is_inference():
-        _known.put(index, _Known(branches - 1, None))
+        _highest.put(index, branches - 1)
 
 
 def kernel_index(op: str, index: Tensor, branches: int, *, validate: bool = False) -> Tensor:
@@ -30,12 +25,18 @@ def kernel_index(op: str, index: Tensor, branches: int, *, validate: bool = Fals
     """
     if index.is_meta or not (index.is_cpu or validate):
         return index.to(torch.int32).contiguous()
-    known = _known.get_or_compute(index, lambda index: _examine(op, index))
-    if known.highest >= branches:
-        raise ValueError(
-            f"{op}: routes.index must name branches 0 to {branches - 1}, got {known.highest}"
-        )
-    return index if known.int32 is None else known.int32
+    highest = _highest.get(index)
+    if highest is None or highest >= branches:
+        highest = _examine(op, index)
+        if highest >= branches:
+            raise ValueError(
+                f"{op}: routes.index must name branches 0 to {branches - 1}, got {highest}"
+            )
+        if not index.is_inference():
+            _highest.put(index, highest)
+    if index.dtype == torch.int32 and index.is_contiguous():
+        return index
+    return index.to(torch.int32).contiguous()
 
 
 def check_known_values(op: str, index: Tensor, branches: int) -> None:
@@ -48,15 +49,10 @@ def check_known_values(op: str, index: Tensor, branches: int) -> None:
         kernel_index(op, index, branches)
 
 
-def _examine(op: str, index: Tensor) -> _Known:
+def _examine(op: str, index: Tensor) -> int:
     if index.numel() == 0:
-        return _Known(-1, index.to(torch.int32).contiguous())
+        return -1
     lowest, highest = (int(v) for v in index.aminmax())
     if lowest < 0:
         raise ValueError(f"{op}: routes.index must name branches from 0 on, got {lowest}")
-    if index.dtype == torch.int32 and index.is_contiguous():
-        return _Known(highest, None)
-    # A copy, so that the cached value does not keep its own key alive.
-    return _Known(
-        highest, torch.empty(index.shape, dtype=torch.int32, device=index.device).copy_(index)
-    )
+    return highest

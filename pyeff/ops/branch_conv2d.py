@@ -114,6 +114,11 @@ def _conv(
 
 def _check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
     require(OP, weight.shape[0] > 0, lambda: "weight must have at least one branch, got 0")
+    require(
+        OP,
+        weight.shape[3] > 0 and weight.shape[4] > 0,
+        lambda: f"weight must have a kernel of 1x1 or more, got {list(weight.shape)}",
+    )
     channels = weight.shape[2] * conv.groups
     require(
         OP,

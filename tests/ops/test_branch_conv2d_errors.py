@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyeff
+from pyeff import _C
 from pyeff.ops import Routes, branch_conv2d
 
 INDEX = torch.tensor([[0, 2], [1, 1]])
@@ -25,6 +26,10 @@ def test_the_call_itself_is_accepted():
         (dict(x=(4, 5, 5)), r"x must be \[N, C, H, W\] or \[N, k, C, H, W\], got \[4, 5, 5\]"),
         (dict(weight=(6, 4, 3, 3)), r"weight must be \[B, O, C / groups, kh, kw\], got \[6, 4"),
         (dict(weight=(0, 6, 4, 3, 3)), "weight must have at least one branch, got 0"),
+        (
+            dict(weight=(3, 6, 4, 0, 3)),
+            r"weight must have a kernel of 1x1 or more, got \[3, 6, 4, 0",
+        ),
         (dict(bias=torch.randn(6)), r"bias must be \[3, 6\], got \[6\]"),
         (dict(bias=torch.randn(3, 6).double()), "bias must have the dtype of x, .*float32, got"),
         (dict(x=torch.randn(2, 4, 5, 5).double()), "weight must have the dtype of x, .*float64"),
@@ -77,6 +82,30 @@ def test_refuses_what_is_no_tensor(arguments, message):
         call(**arguments)
 
 
+@pytest.mark.parametrize("size", [2**31, 2**60])
+def test_refuses_windows_whose_size_overflows(size):
+    """One position that reads only padding, far apart: the copy of the map has no size."""
+    options = dict(stride=2 * size, padding=size, dilation=size)
+    message = "branch_conv2d: stride, padding and dilation must give maps that fit into memory"
+    with pyeff.backend("cpp"), pytest.raises(ValueError, match=message):
+        call(**options)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_the_native_gradients_refuse_windows_whose_size_overflows(at):
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 6, 4, 3, 3)
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad_y = torch.randn(2, 2, 3, 3, 6).movedim(-1, 2)
+    problem = [1, 1, 0, 0, 1, 1, 1, 1]
+    problem[at] = 2**60
+    index, message = INDEX.int(), "must give maps that fit into memory"
+    with pytest.raises(ValueError, match=f"branch_conv2d_grad_weight: .*{message}"):
+        _C.branch_conv2d_grad_weight(grad_y, x, index, weight, None, tuple(problem))
+    if at >= 2:  # a stride makes the copy of the other gradient smaller
+        with pytest.raises(ValueError, match=f"branch_conv2d_grad_input: .*{message}"):
+            _C.branch_conv2d_grad_input(grad_y, weight, index, x, tuple(problem))
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_every_backend_refuses_a_wrong_route(grad, backend):
@@ -95,6 +124,21 @@ def test_a_changed_index_is_checked_again():
         index[0, 0] = 9
         with pytest.raises(ValueError, match="name branches 0 to 2, got 9"):
             call(routes=index)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_an_index_may_share_its_memory(dtype):
+    """Writing through NumPy changes the routes, but not the version of the tensor."""
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 6, 4, 3, 3)
+    shared = INDEX.numpy().astype(dtype)
+    index = torch.from_numpy(shared)
+    branch_conv2d(x, weight, None, index)
+    shared[:] = 1
+    want = branch_conv2d(x, weight, None, torch.ones_like(INDEX))
+    assert torch.equal(branch_conv2d(x, weight, None, index), want)
+    shared[:] = 9
+    with pytest.raises(ValueError, match="name branches from 0 to 2, got 9"):
+        branch_conv2d(x, weight, None, index)
 
 
 def test_a_checked_index_is_too_large_for_fewer_branches():
