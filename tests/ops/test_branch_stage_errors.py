@@ -166,6 +166,17 @@ def test_the_native_program_refuses_or_runs_whatever_it_is_given(seed):
         _C.branch_stage_forward(native, x, index, packed, y, 1)
 
 
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**32, 2**63 - 1])
+def test_the_native_program_refuses_numbers_that_are_no_int(number):
+    """A slot, or the number of a tensor, that wraps around would be read outside of its array."""
+    _, program = plan_of().lower()
+    for at in (5, len(program) - 2):  # the slot that is returned, the weight of the last step
+        with pytest.raises(
+            ValueError, match=f"program must have a number .* at {at}, got {number}"
+        ):
+            _C.BranchStageProgram([*program[:at], number, *program[at + 1 :]])
+
+
 def test_the_native_function_checks_what_keeps_memory_safe():
     tensors, program = plan_of().lower()
     native = _C.BranchStageProgram(program)
