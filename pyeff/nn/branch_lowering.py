@@ -73,7 +73,7 @@ class _Lowering:
                 self.slots[call.name] = self._lower(call, self.slots[source])
             self.channels.setdefault(call.name, self.channels[source])
         if self.slots[self.trace.output] == 0:
-            raise NotInPlanError("the template does nothing")
+            raise NotInPlanError("a template that does nothing")
         self.plan.returns(self.slots[self.trace.output])
         return self.plan
 
@@ -92,7 +92,7 @@ class _Lowering:
                 if call.kind in ("module", "function", "join"):
                     same.append(call.name)
             position += 1
-        raise NotInPlanError("no layer tells how many channels the input has")
+        raise NotInPlanError("a template whose layers do not tell how many channels the input has")
 
     def _lower(self, call: Call, source: Slot) -> Slot:
         if call.kind == "layer":

@@ -253,7 +253,7 @@ def test_what_no_plan_holds_is_said_once_and_runs_all_the_same():
     ("template", "reason"),
     [
         (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()), "GELU at '1'"),
-        (lambda: nn.Sequential(nn.ReLU()), "no layer tells how many channels"),
+        (lambda: nn.Sequential(nn.ReLU()), "layers do not tell how many channels"),
         (
             lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.AvgPool2d(2, divisor_override=3)),
             "divisor of its own",
