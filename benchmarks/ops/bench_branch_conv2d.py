@@ -18,6 +18,7 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,7 @@ def random_layer(branches: int, channels: int, out: int, kernel: int, **options:
 
 def cifar_layers(branches: int) -> list[Layer]:
     """Three basic blocks of 16 channels, the first with stride 2 and a projection."""
-
-    def layer(*args: Any, **options: Any) -> Layer:
-        return random_layer(branches, *args, **options)
-
+    layer = partial(random_layer, branches)
     return [
         layer(32, 16, 3, source=0, stride=2),
         layer(32, 16, 1, source=0, stride=2, relu=False),
@@ -101,10 +99,7 @@ def cifar_layers(branches: int) -> list[Layer]:
 
 def bottleneck_layers(branches: int) -> list[Layer]:
     """Three bottleneck blocks of width 64 and 256 channels, the first with stride 2."""
-
-    def layer(*args: Any, **options: Any) -> Layer:
-        return random_layer(branches, *args, **options)
-
+    layer = partial(random_layer, branches)
     layers = [
         layer(256, 64, 1, source=0),
         layer(64, 64, 3, source=1, stride=2),
@@ -129,13 +124,8 @@ def plan_of(layers: list[Layer]) -> BranchPlan:
     plan = BranchPlan(first.shape[0], first.shape[2])
     slots = [0]
     for layer in layers:
-        slot = plan.conv2d(
-            slots[layer.source],
-            layer.weight,
-            layer.bias,
-            stride=layer.stride,
-            padding=layer.padding,
-        )
+        place = {"stride": layer.stride, "padding": layer.padding}
+        slot = plan.conv2d(slots[layer.source], layer.weight, layer.bias, **place)
         if layer.residual >= 0:
             slot = plan.add(slot, slots[layer.residual])
         slots.append(plan.activation(slot, "relu") if layer.relu else slot)
