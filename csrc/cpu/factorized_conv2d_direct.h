@@ -23,6 +23,7 @@ class PairWorker {
         row_taps_(scratch_.row_taps.get<RowTap<A>>(call.taps())),
         first_(call.first, scratch_.taps.get<Tap<A>>(call.taps())),
         last_(call.last(), scratch_.taps.get<Tap<A>>(call.taps())),
+        next_(call.x),
         ring_(make_ring()) {
     if (call.paired && call.vertical_first) clear_sides();
   }
@@ -32,6 +33,7 @@ class PairWorker {
     for (Index t = positions.begin; t < positions.end; ++t) {
       const Index n = t / call_.y.rows, h = order_.row(t % call_.y.rows);
       const RowOut<A> out = rows_.open(n, h, 0);
+      prefetch_next(t + 1, positions.end);
       if (!call_.vertical_first) {
         horizontal_first(n, h, out);
       } else {
@@ -42,16 +44,38 @@ class PairWorker {
   }
 
  private:
+  // The rows of x that the next position reads and this one does not.
+  void prefetch_next(Index t, Index end) {
+    next_.clear();
+    if (t == end) return;
+    const Index n = t / call_.y.rows, last = order_.row((t + call_.y.rows - 1) % call_.y.rows);
+    const Index h = order_.row(t % call_.y.rows), span = (call_.taps() - 1) * call_.dilation;
+    if (!call_.paired && !call_.vertical_first) {
+      next_.add(n, h);
+    } else {
+      const bool chained = h == last + order_.step();
+      const Index known = last * call_.stride - call_.padding + span;  // the latest row
+      for (Index u = 0; u < call_.taps(); ++u) {
+        const Index r = h * call_.stride - call_.padding + u * call_.dilation;
+        if (r >= 0 && r < call_.x.rows && !(chained && r <= known)) next_.add(n, r);
+      }
+    }
+    const bool both = call_.paired && call_.vertical_first;
+    next_.spread(last_.tiles(call_.y.cols) + (both ? first_.tiles(call_.x.cols) : 0));
+  }
+
   void vertical_first(Index n, Index h, const RowOut<A>& out) {
     const Index count = list_vertical(h, [&](Index r) { return source_row(n, r); });
     if (!call_.paired) {
-      last_.run(row_taps_, count, source_pixel_, call_.y.cols, out);
+      last_.run(row_taps_, count, source_pixel_, call_.y.cols, out, [&] { next_.step(); });
       return;
     }
     first_.run(row_taps_, count, source_pixel_, call_.x.cols,
-               {middle_ + call_.padding * middle_pixel_, middle_pixel_, nullptr, 0});
+               {middle_ + call_.padding * middle_pixel_, middle_pixel_, nullptr, 0},
+               [&] { next_.step(); });
     list_horizontal(middle_, middle_pixel_);
-    last_.run(row_taps_, call_.taps(), call_.stride * middle_pixel_, call_.y.cols, out);
+    last_.run(row_taps_, call_.taps(), call_.stride * middle_pixel_, call_.y.cols, out,
+              [&] { next_.step(); });
   }
 
   void horizontal_first(Index n, Index h, const RowOut<A>& out) {
@@ -64,7 +88,7 @@ class PairWorker {
     // Making a row overwrites the list of taps: first all rows, then the list.
     list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
     const Index count = list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
-    last_.run(row_taps_, count, middle_pixel_, call_.y.cols, out);
+    last_.run(row_taps_, count, middle_pixel_, call_.y.cols, out, [&] { next_.step(); });
   }
 
   // A horizontal line over row r of x.
@@ -73,7 +97,9 @@ class PairWorker {
     copy_band<T, A>(call_.x, n, r, 1, -call_.padding, call_.band_cols(), 0, channels, source_pixel_,
                     padded_);
     list_horizontal(padded_, source_pixel_);
-    line.run(row_taps_, call_.taps(), call_.stride * source_pixel_, call_.y.cols, out);
+    line.run(row_taps_, call_.taps(), call_.stride * source_pixel_, call_.y.cols, out, [&] {
+      if (!call_.paired) next_.step();
+    });
   }
 
   template <typename Row>
@@ -143,6 +169,7 @@ class PairWorker {
   FactorizedScratch& scratch_;
   RowTap<A>* row_taps_;
   LineConv<A> first_, last_;
+  RowPrefetch<T> next_;
   bool in_place_ = false;
   Index source_pixel_ = 0, middle_pixel_ = 0;
   A *middle_ = nullptr, *padded_ = nullptr;

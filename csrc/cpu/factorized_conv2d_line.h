@@ -3,6 +3,7 @@
 
 #include "cpu/epilogue_tile.h"
 #include "cpu/factorized_conv2d_layout.h"
+#include "cpu/factorized_conv2d_narrow.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
@@ -38,9 +39,10 @@ class LineConv {
  public:
   LineConv(const LineKernel<A>& line, Tap<A>* taps) : line_(line), taps_(taps) {}
 
-  // Pixels of a tap are `a_pixel` apart.
+  // Pixels of a tap are `a_pixel` apart. between() is called before every tile.
+  template <typename Between>
   void run(const RowTap<A>* row_taps, Index tap_count, Index a_pixel, Index cols,
-           const RowOut<A>& out) const {
+           const RowOut<A>& out, const Between& between) const {
     const LineLayout& layout = line_.layout;
     EpilogueCall<A> call{};
     call.taps = taps_;
@@ -51,6 +53,13 @@ class LineConv {
     const Bounds<A> bounds = bounds_of<A>(line_.activation);
     call.low = bounds.low;
     call.high = bounds.high;
+    if constexpr (NarrowTile::kExists<A>) {
+      if (layout.in == NarrowTile::kChannels && layout.lanes() == NarrowTile::kChannels &&
+          a_pixel == NarrowTile::kChannels) {
+        run_narrow(row_taps, tap_count, cols, out, call, between);
+        return;
+      }
+    }
     for (Index lane = 0; lane < layout.lanes(); lane += kPanel) {
       call.b_step = layout.width(lane);
       call.tap_count = list_taps(row_taps, tap_count, lane);
@@ -65,13 +74,50 @@ class LineConv {
         }
         call.out = out.data + at;
         call.residual = out.residual == nullptr ? nullptr : out.residual + at;
-        run_tiles<DenseEpilogueTile>(call, 1, cols, static_cast<int>(smaller(kTileVecs, vecs - v)));
+        run_row(call, cols, static_cast<int>(smaller(kTileVecs, vecs - v)), between);
       }
     }
-    if (!call.clamps && line_.activation != Activation::kNone) activate(cols, out);
+    activate(cols, out);
+  }
+
+  // How often between() is called for a row.
+  Index tiles(Index cols) const {
+    return ceil_div(cols, kTilePixels) * ceil_div(line_.layout.lanes(), kTileVecs * kLanes<A>);
   }
 
  private:
+  template <typename Between>
+  static void run_row(EpilogueCall<A> call, Index cols, int vecs, const Between& between) {
+    A* const out = call.out;
+    const A* const residual = call.residual;
+    const int tiles = static_cast<int>(ceil_div(cols, kTilePixels));
+    for (int t = 0; t < tiles; ++t) {
+      const Part part = part_of(cols, t, tiles);
+      call.a_offset = part.begin * call.a_pixel;
+      call.out = out + part.begin * call.out_pixel;
+      if (residual != nullptr) call.residual = residual + part.begin * call.residual_pixel;
+      between();
+      run_epilogue_tile<DenseEpilogueTile>(1, static_cast<int>(part.end - part.begin), vecs, call);
+    }
+  }
+
+  template <typename Between>
+  void run_narrow(const RowTap<A>* row_taps, Index tap_count, Index cols, const RowOut<A>& out,
+                  EpilogueCall<A> call, const Between& between) const {
+    for (Index t = 0; t < tap_count; ++t) {
+      const A* weights = line_.weights + line_.layout.offset(0, row_taps[t].number);
+      taps_[t] = {row_taps[t].a, weights, NarrowTile::kChannels};
+    }
+    call.tap_count = tap_count;
+    call.init = line_.init;
+    call.scale = line_.scale;
+    call.shift = line_.shift;
+    call.out = out.data;
+    call.residual = out.residual;
+    NarrowTile::run_row(call, cols, between);
+    activate(cols, out);
+  }
+
   // Neighbouring taps whose pixels follow each other become one longer sum.
   Index list_taps(const RowTap<A>* row_taps, Index tap_count, Index lane) const {
     const LineLayout& layout = line_.layout;
@@ -90,7 +136,9 @@ class LineConv {
     return count;
   }
 
+  // What the tile could not do in its registers.
   void activate(Index cols, const RowOut<A>& out) const {
+    if (clamps(line_.activation) || line_.activation == Activation::kNone) return;
     for (Index c = 0; c < cols; ++c) {
       A* pixel = out.data + c * out.pixel;
       for (Index l = 0; l < line_.layout.lanes(); l += kLanes<A>) {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu/vec.h"
+#include "cpu/image.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
@@ -71,6 +71,41 @@ class RowRing {
   A* data_;
   Index row_elements_, dilation_;
   std::vector<Key> keys_;
+};
+
+// Fetches rows of an image that will be read next, a few lines at a time between the tiles of the
+// present work: read all at once, they would come at the latency of the memory.
+template <typename T>
+class RowPrefetch {
+ public:
+  explicit RowPrefetch(const Image<const T>& image) : image_(image) {
+    const Index gap = image.col_stride - image.channels;
+    constexpr Index kLine = 64;
+    const Index span = image.cols * image.col_stride * Index{sizeof(T)};
+    lines_ = gap > image.channels ? 0 : ceil_div(span, kLine);  // mostly gaps: not worth it
+  }
+
+  void clear() {
+    rows_.clear();
+    at_ = 0;
+  }
+  void add(Index n, Index r) {
+    const T* row = image_.data + n * image_.n_stride + r * image_.row_stride;
+    rows_.push_back(reinterpret_cast<const char*>(row));
+  }
+  // Spreads what was added over so many calls of step().
+  void spread(Index steps) {
+    per_step_ = ceil_div(static_cast<Index>(rows_.size()) * lines_, larger(steps, 1));
+  }
+  void step() {
+    const Index end = smaller(at_ + per_step_, static_cast<Index>(rows_.size()) * lines_);
+    for (; at_ < end; ++at_) prefetch(rows_[at_ / lines_] + at_ % lines_ * 64);
+  }
+
+ private:
+  Image<const T> image_;
+  Index lines_, at_ = 0, per_step_ = 0;
+  std::vector<const char*> rows_;
 };
 
 }  // namespace
