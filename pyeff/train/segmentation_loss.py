@@ -13,49 +13,38 @@ ENCODER_OFFSET, FULL_OFFSET = 1.20, 1.10
 _CHUNK = 64
 
 
-def targets_for(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at the size of a network's output: of each of its cells the pixel in the middle.
+def targets_for(labels: Tensor, stride: int) -> Tensor:
+    """Labels for an output of a smaller size: of each of its cells the pixel in the middle.
 
     Args:
         labels: ``[N, H, W]``.
-        size: ``(h, w)`` of the output, ``(ceil(H / s), ceil(W / s))`` for a stride ``s``.
+        stride: pixels a cell, on either axis.
 
     Returns:
-        ``[N, h, w]``; ``labels`` itself where the sizes are equal. A cell whose middle lies beyond
-        the picture (the network padded it) belongs to no class.
-
-    Raises:
-        ValueError: the output does not have such a size.
+        ``[N, ceil(H / stride), ceil(W / stride)]``; ``labels`` itself for a stride of 1. A cell
+        whose middle lies beyond the picture (the network padded it) belongs to no class.
     """
-    height, width = labels.shape[1:]
-    stride = -(-height // size[0])
-    if (-(-height // stride), -(-width // stride)) != size:
-        raise ValueError(
-            f"targets_for: size must be that of labels {[height, width]} divided by a stride, got "
-            f"{list(size)}"
-        )
     if stride == 1:
         return labels
-    below, beside = size[0] * stride - height, size[1] * stride - width
+    below, beside = -labels.shape[1] % stride, -labels.shape[2] % stride
     padded = functional.pad(labels, (0, beside, 0, below), value=IGNORE)
     return padded[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
-def class_counts(labels: Tensor, classes: int, size: tuple[int, int] | None = None) -> Tensor:
+def class_counts(labels: Tensor, classes: int, stride: int = 1) -> Tensor:
     """Pixels of every class in a split.
 
     Args:
         labels: uint8 ``[N, H, W]``.
         classes: how many there are.
-        size: count in labels of that size, see :func:`targets_for`.
+        stride: count in the targets of an output with that stride, see :func:`targets_for`.
 
     Returns:
         float64 ``[classes + 1]``; the last one counts pixels of no class.
     """
     counts = torch.zeros(256, dtype=torch.int64)
     for piece in labels.split(_CHUNK):
-        seen = piece if size is None else targets_for(piece, size)
-        counts += torch.bincount(seen.reshape(-1).int(), minlength=256)
+        counts += torch.bincount(targets_for(piece, stride).reshape(-1).int(), minlength=256)
     return torch.cat([counts[:classes], counts[IGNORE:]]).double()
 
 

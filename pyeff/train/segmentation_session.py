@@ -115,12 +115,13 @@ class SegmentationSession:
     def _class_weights(self) -> Tensor:
         if not self.config.weighted:
             return torch.ones(self.data.classes)
-        height, width = self.config.size
-        eighth = -(-height // STRIDE), -(-width // STRIDE)
-        labels, classes = self.data.split("train").labels, self.data.classes
-        if self.stage == ENCODER:
-            return class_weights(class_counts(labels, classes, eighth), ENCODER_OFFSET)
-        return class_weights(class_counts(labels, classes), FULL_OFFSET)
+        counts = class_counts(self.data.split("train").labels, self.data.classes, self._stride)
+        return class_weights(counts, ENCODER_OFFSET if self.stage == ENCODER else FULL_OFFSET)
+
+    @property
+    def _stride(self) -> int:
+        """Pixels of the picture for one of the network's output, on either axis."""
+        return STRIDE if self.stage == ENCODER else 1
 
     def _start_from_another_run(self) -> None:
         if self.config.init_from is not None:
@@ -243,7 +244,7 @@ class SegmentationSession:
             logits = self.network(x.to(device, self.dtype))
         # The loss itself is never rounded to bfloat16; float64 stays what it is.
         logits = logits.float() if autocast else logits
-        targets = targets_for(labels, (logits.shape[2], logits.shape[3])).to(device)
+        targets = targets_for(labels, self._stride).to(device)
         loss = pixel_loss(logits, targets, self.weights, self.processes.mean)
         loss.backward()
         value = float(self.processes.mean(loss.detach()))
