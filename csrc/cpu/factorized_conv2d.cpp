@@ -6,6 +6,7 @@
 // thread in a fixed order, whatever the number of threads.
 
 #include "cpu/factorized_conv2d_direct.h"
+#include "cpu/factorized_conv2d_dot.h"
 #include "cpu/factorized_conv2d_kernels.h"
 #include "cpu/factorized_conv2d_weights.h"
 #include "cpu/factorized_conv2d_winograd_pair.h"
@@ -48,10 +49,11 @@ class CallMemory {
     if (line.packed != nullptr) {
       kernel.weights = line.packed->as<const A>();
     } else {
-      pack_line(line_weight_of<T>(line.weight), kernel.layout, weights_);
+      pack_weight(line_weight_of<T>(line.weight), kernel.layout, weights_);
       kernel.weights = weights_;
       weights_ += kernel.layout.elements();
     }
+    if (kernel.layout.paired) kernel.pairs = kernel.weights + kernel.layout.wide_elements();
     const TensorView* scale = epilogue == nullptr ? nullptr : epilogue->scale;
     const TensorView* shift = epilogue == nullptr ? nullptr : epilogue->shift;
     const Index lanes = kernel.layout.lanes();
@@ -81,10 +83,11 @@ class CallMemory {
   A *weights_, *vectors_;
 };
 
-template <typename T>
-void forward(const TensorView& x, const Line& first, const Line* second, const Epilogue& epilogue,
-             const TensorView& y, const FactorizedConv2d& conv) {
-  CallMemory<T> memory(first, second, conv.winograd);
+// T is the type of the maps in memory, W that of the weights.
+template <typename T, typename W>
+PairCall<T> make_call(const TensorView& x, const Line& first, const Line* second,
+                      const Epilogue& epilogue, const TensorView& y, const FactorizedConv2d& conv) {
+  CallMemory<W> memory(first, second, conv.winograd);
   PairCall<T> call{};
   call.x = image_of<const T>(x);
   call.y = image_of<T>(y);
@@ -100,17 +103,30 @@ void forward(const TensorView& x, const Line& first, const Line* second, const E
     call.first = memory.kernel(first, conv.inner, nullptr);
     call.second = memory.kernel(*second, epilogue.activation, &epilogue);
   }
+  return call;
+}
+
+template <typename T>
+void forward(const TensorView& x, const Line& first, const Line* second, const Epilogue& epilogue,
+             const TensorView& y, const FactorizedConv2d& conv) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto call = make_call<std::uint16_t, T>(x, first, second, epilogue, y, conv);
+    return run_direct<DotLineConv>(call, conv.threads);
+  }
+#endif
+  const auto call = make_call<T, T>(x, first, second, epilogue, y, conv);
   if constexpr (std::is_same_v<T, float>) {
     if (conv.winograd) return run_winograd(call, conv.threads);
   }
-  run_direct(call, conv.threads);
+  run_direct<LineConv<Accumulator<T>>>(call, conv.threads);
 }
 
 void factorized_conv2d_pack(const TensorView& weight, bool winograd, const TensorView& packed) {
   for_dtype(weight.dtype, [&](auto type) {
     using T = decltype(type);
-    pack_line(line_weight_of<T>(weight), line_layout(weight, winograd),
-              packed.as<Accumulator<T>>());
+    pack_weight(line_weight_of<T>(weight), line_layout(weight, winograd),
+                packed.as<Accumulator<T>>());
   });
 }
 

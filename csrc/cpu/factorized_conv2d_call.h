@@ -46,37 +46,35 @@ struct PairCall {
   }
 };
 
-// Rows of x and y as the lines want them: in the accumulator's type and with whole vectors of
+// Rows of y and of what is added to it as the lines want them: of type R and with whole vectors of
 // channels, in place where they lie so.
-template <typename T>
+template <typename T, typename R>
 class PairRows {
  public:
-  using A = Accumulator<T>;
-
   // At most `slots` rows are open at a time.
   PairRows(const PairCall<T>& call, Index slots) : call_(call) {
     const Index channels = call.y.channels;
-    direct_ = std::is_same_v<T, A> && channels % kNarrow == 0;
+    direct_ = std::is_same_v<T, R> && channels % kNarrow == 0;
     pixel_ = padded_lanes(channels);
     if (direct_) return;
     const Index elements = slots * call.y.cols * pixel_;
-    out_ = factorized_scratch().out.get<A>(elements);
-    if (call.residual.data != nullptr) residual_ = factorized_scratch().residual.get<A>(elements);
+    out_ = factorized_scratch().out.get<R>(elements);
+    if (call.residual.data != nullptr) residual_ = factorized_scratch().residual.get<R>(elements);
   }
 
-  RowOut<A> open(Index n, Index h, Index slot) {
+  RowOut<R> open(Index n, Index h, Index slot) {
     const Image<const T>& residual = call_.residual;
     const T* added = residual.data == nullptr
                          ? nullptr
                          : residual.data + n * residual.n_stride + h * residual.row_stride;
-    if constexpr (std::is_same_v<T, A>) {
+    if constexpr (std::is_same_v<T, R>) {
       if (direct_) return {row_of_y(n, h), call_.y.col_stride, added, residual.col_stride};
     }
-    RowOut<A> out{};
+    RowOut<R> out{};
     out.data = out_ + slot * call_.y.cols * pixel_;
     out.pixel = pixel_;
     if (added != nullptr) {
-      A* to = residual_ + slot * call_.y.cols * pixel_;
+      R* to = residual_ + slot * call_.y.cols * pixel_;
       widen_pixels(added, residual.col_stride, to, pixel_, call_.y.cols, call_.y.channels);
       out.residual = to;
       out.residual_pixel = pixel_;
@@ -84,13 +82,17 @@ class PairRows {
     return out;
   }
 
-  void close(Index n, Index h, const RowOut<A>& out) {
+  void close(Index n, Index h, const RowOut<R>& out) {
     if (direct_) return;
     T* to = row_of_y(n, h);
     for (Index c = 0; c < call_.y.cols; ++c) {
-      const A* from = out.data + c * out.pixel;
+      const R* from = out.data + c * out.pixel;
       T* pixel = to + c * call_.y.col_stride;
-      for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
+      if constexpr (std::is_same_v<T, R>) {
+        std::memcpy(pixel, from, static_cast<std::size_t>(call_.y.channels) * sizeof(T));
+      } else {
+        for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
+      }
     }
   }
 
@@ -102,7 +104,7 @@ class PairRows {
   const PairCall<T>& call_;
   bool direct_;
   Index pixel_;
-  A *out_ = nullptr, *residual_ = nullptr;
+  R *out_ = nullptr, *residual_ = nullptr;
 };
 
 }  // namespace

@@ -9,18 +9,20 @@
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
 
-// One thread's part of a call.
-template <typename T>
+// One thread's part of a call. Conv runs a row of a line; its rows, the middle map too, are of type
+// Conv::Row.
+template <typename T, typename Conv>
 class PairWorker {
  public:
   using A = Accumulator<T>;
+  using R = typename Conv::Row;
 
   explicit PairWorker(const PairCall<T>& call)
       : call_(call),
         rows_(call, 1),
         order_(call.y.rows, call.stride, call.dilation),
         scratch_(factorized_scratch()),
-        row_taps_(scratch_.row_taps.get<RowTap<A>>(call.taps())),
+        row_taps_(scratch_.row_taps.get<RowTap<R>>(call.taps())),
         first_(call.first, scratch_.taps.get<Tap<A>>(call.taps())),
         last_(call.last(), scratch_.taps.get<Tap<A>>(call.taps())),
         next_(call.x),
@@ -32,7 +34,7 @@ class PairWorker {
   void run(Part positions) {
     for (Index t = positions.begin; t < positions.end; ++t) {
       const Index n = t / call_.y.rows, h = order_.row(t % call_.y.rows);
-      const RowOut<A> out = rows_.open(n, h, 0);
+      const RowOut<R> out = rows_.open(n, h, 0);
       prefetch_next(t + 1, positions.end);
       if (!call_.vertical_first) {
         horizontal_first(n, h, out);
@@ -64,7 +66,7 @@ class PairWorker {
     next_.spread(last_.tiles(call_.y.cols) + (both ? first_.tiles(call_.x.cols) : 0));
   }
 
-  void vertical_first(Index n, Index h, const RowOut<A>& out) {
+  void vertical_first(Index n, Index h, const RowOut<R>& out) {
     const Index count = list_vertical(h, [&](Index r) { return source_row(n, r); });
     if (!call_.paired) {
       last_.run(row_taps_, count, source_pixel_, call_.y.cols, out, [&] { next_.step(); });
@@ -78,13 +80,13 @@ class PairWorker {
               [&] { next_.step(); });
   }
 
-  void horizontal_first(Index n, Index h, const RowOut<A>& out) {
+  void horizontal_first(Index n, Index h, const RowOut<R>& out) {
     if (!call_.paired) {
       horizontal(last_, n, h, out);
       return;
     }
     const Index pixel = middle_pixel_;
-    const auto make = [&](Index r, A* row) { horizontal(first_, n, r, {row, pixel, nullptr, 0}); };
+    const auto make = [&](Index r, R* row) { horizontal(first_, n, r, {row, pixel, nullptr, 0}); };
     // Making a row overwrites the list of taps: first all rows, then the list.
     list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
     const Index count = list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
@@ -92,9 +94,9 @@ class PairWorker {
   }
 
   // A horizontal line over row r of x.
-  void horizontal(const LineConv<A>& line, Index n, Index r, const RowOut<A>& out) {
+  void horizontal(const Conv& line, Index n, Index r, const RowOut<R>& out) {
     const Index channels = call_.x.channels;
-    copy_band<T, A>(call_.x, n, r, 1, -call_.padding, call_.band_cols(), 0, channels, source_pixel_,
+    copy_band<T, R>(call_.x, n, r, 1, -call_.padding, call_.band_cols(), 0, channels, source_pixel_,
                     padded_);
     list_horizontal(padded_, source_pixel_);
     line.run(row_taps_, call_.taps(), call_.stride * source_pixel_, call_.y.cols, out, [&] {
@@ -108,48 +110,59 @@ class PairWorker {
     for (Index u = 0; u < call_.taps(); ++u) {
       const Index r = h * call_.stride - call_.padding + u * call_.dilation;
       if (r >= 0 && r < call_.x.rows) {
-        const A* pixels = row(r);
+        const R* pixels = row(r);
         row_taps_[count++] = {pixels, u};
       }
     }
     return count;
   }
 
-  void list_horizontal(const A* row, Index pixel) {
+  void list_horizontal(const R* row, Index pixel) {
     for (Index v = 0; v < call_.taps(); ++v) row_taps_[v] = {row + v * call_.dilation * pixel, v};
   }
 
-  const A* source_row(Index n, Index r) {
+  const R* source_row(Index n, Index r) {
     const Image<const T>& x = call_.x;
-    if constexpr (std::is_same_v<T, A>) {
+    if constexpr (std::is_same_v<T, R>) {
       if (in_place_) return x.data + n * x.n_stride + r * x.row_stride;
     }
-    return ring_.get(n, r, [&](Index row, A* to) {
-      copy_band<T, A>(x, n, row, 1, 0, x.cols, 0, x.channels, source_pixel_, to);
+    return ring_.get(n, r, [&](Index row, R* to) {
+      copy_band<T, R>(x, n, row, 1, 0, x.cols, 0, x.channels, source_pixel_, to);
     });
   }
 
   // The ring holds rows of x that were copied, or of the middle map; beside it lies one padded row
   // of the other one.
-  RowRing<A> make_ring() {
+  RowRing<R> make_ring() {
     const Index taps = call_.taps(), lanes = padded_lanes(call_.first.layout.out);
+    const Index channels = Conv::readable_channels(call_.x.channels);
     if (call_.vertical_first) {
-      const Index pixel = band_pixel<A>(call_.x.channels, 1), row = call_.x.cols * pixel;
-      in_place_ = std::is_same_v<T, A> && !collides<A>(call_.x.col_stride);
+      const Index pixel = band_pixel<R>(channels, 1), row = call_.x.cols * pixel;
+      in_place_ =
+          std::is_same_v<T, R> && channels == call_.x.channels && !collides<R>(call_.x.col_stride);
       source_pixel_ = in_place_ ? call_.x.col_stride : pixel;
       if (call_.paired) {
-        middle_pixel_ = band_pixel<A>(lanes, call_.stride);
-        middle_ = scratch_.middle.get<A>(call_.band_cols() * middle_pixel_);
+        middle_pixel_ = band_pixel<R>(lanes, call_.stride);
+        middle_ = scratch_.middle.get<R>(call_.band_cols() * middle_pixel_);
       }
-      A* data = in_place_ ? nullptr : scratch_.source.get<A>(taps * row);
-      return RowRing<A>(data, taps, row, call_.dilation);
+      R* data = in_place_ ? nullptr : source_memory(taps * row);
+      return RowRing<R>(data, taps, row, call_.dilation);
     }
-    source_pixel_ = band_pixel<A>(call_.x.channels, call_.stride);
-    padded_ = scratch_.source.get<A>(call_.band_cols() * source_pixel_);
-    middle_pixel_ = band_pixel<A>(lanes, 1);
+    source_pixel_ = band_pixel<R>(channels, call_.stride);
+    padded_ = source_memory(call_.band_cols() * source_pixel_);
+    middle_pixel_ = band_pixel<R>(lanes, 1);
     const Index row = call_.y.cols * middle_pixel_;
-    A* data = call_.paired ? scratch_.middle.get<A>(taps * row) : nullptr;
-    return RowRing<A>(data, taps, row, call_.dilation);
+    R* data = call_.paired ? scratch_.middle.get<R>(taps * row) : nullptr;
+    return RowRing<R>(data, taps, row, call_.dilation);
+  }
+
+  // Channels that are read and do not exist are zero.
+  R* source_memory(Index elements) {
+    R* data = scratch_.source.get<R>(elements);
+    if (Conv::readable_channels(call_.x.channels) != call_.x.channels) {
+      std::memset(data, 0, static_cast<std::size_t>(elements) * sizeof(R));
+    }
+    return data;
   }
 
   // What the horizontal line reads left and right of the middle row stays zero.
@@ -157,32 +170,33 @@ class PairWorker {
     const Index first = call_.padding, last = call_.padding + call_.x.cols;
     const auto clear = [&](Index begin, Index end) {
       std::memset(middle_ + begin * middle_pixel_, 0,
-                  static_cast<std::size_t>((end - begin) * middle_pixel_) * sizeof(A));
+                  static_cast<std::size_t>((end - begin) * middle_pixel_) * sizeof(R));
     };
     clear(0, first);
     clear(last, call_.band_cols());
   }
 
   const PairCall<T>& call_;
-  PairRows<T> rows_;
+  PairRows<T, R> rows_;
   ChainOrder order_;
   FactorizedScratch& scratch_;
-  RowTap<A>* row_taps_;
-  LineConv<A> first_, last_;
+  RowTap<R>* row_taps_;
+  Conv first_, last_;
   RowPrefetch<T> next_;
   bool in_place_ = false;
   Index source_pixel_ = 0, middle_pixel_ = 0;
-  A *middle_ = nullptr, *padded_ = nullptr;
-  RowRing<A> ring_;  // last: making it sets what is above
+  R *middle_ = nullptr, *padded_ = nullptr;
+  RowRing<R> ring_;  // last: making it sets what is above
 };
 
-template <typename T>
+template <typename Conv, typename T>
 void run_direct(const PairCall<T>& call, int threads) {
   const Index positions = call.y.n * call.y.rows;
   if (positions == 0 || call.y.cols == 0 || call.y.channels == 0) return;
   threads = useful_threads(threads, call.multiply_adds());
-  parallel(threads,
-           [&](int thread, int of) { PairWorker<T>(call).run(part_of(positions, thread, of)); });
+  parallel(threads, [&](int thread, int of) {
+    PairWorker<T, Conv>(call).run(part_of(positions, thread, of));
+  });
 }
 
 }  // namespace

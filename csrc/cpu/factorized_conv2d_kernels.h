@@ -19,6 +19,10 @@ extern const FactorizedConv2dKernels factorized_conv2d_kernels;
 namespace avx512 {
 extern const FactorizedConv2dKernels factorized_conv2d_kernels;
 }
+// Like avx512, with dot products of bfloat16.
+namespace avx512bf16 {
+extern const FactorizedConv2dKernels factorized_conv2d_kernels;
+}
 namespace amx {
 extern const FactorizedConv2dKernels factorized_conv2d_kernels;
 }

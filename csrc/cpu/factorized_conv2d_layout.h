@@ -2,6 +2,7 @@
 // The packed form of the weight [O, I, n] of a 1-D convolution, the same for every instruction set.
 //   direct     [panels][n][I][width]
 //   Winograd   [panels][6][I][width], the weights transformed
+//   bfloat16   the direct form in float32, then [panels][n][ceil(I / 2)][width] pairs of bfloat16
 // Panels are kPanel output channels wide, the last one kNarrow where that suffices; missing ones
 // are zero. Functions are static: objects of different instruction sets must not share code.
 
@@ -14,9 +15,14 @@ inline constexpr std::int64_t kWinogradTaps = 3, kWinogradOutputs = 4, kWinograd
 struct LineLayout {
   std::int64_t in, out, taps;
   std::int64_t positions;  // taps, or points of the transformed weight
+  bool paired;             // pairs of bfloat16 follow
 
   std::int64_t lanes() const { return padded_lanes(out); }
-  std::int64_t elements() const { return positions * in * lanes(); }
+  std::int64_t pairs() const { return (in + 1) / 2; }  // a pair is as large as a float32
+  std::int64_t wide_elements() const { return positions * in * lanes(); }
+  std::int64_t elements() const {
+    return wide_elements() + (paired ? positions * pairs() * lanes() : 0);
+  }
   std::int64_t width(std::int64_t lane) const {
     return lanes() - lane < kPanel ? lanes() - lane : kPanel;
   }
@@ -24,12 +30,16 @@ struct LineLayout {
   std::int64_t offset(std::int64_t lane, std::int64_t position) const {
     return lane * positions * in + position * in * width(lane);
   }
+  std::int64_t pair_offset(std::int64_t lane, std::int64_t position) const {
+    return lane * positions * pairs() + position * pairs() * width(lane);
+  }
 };
 
 // `weight` is [O, I, n, 1] or [O, I, 1, n].
 static inline LineLayout line_layout(const TensorView& weight, bool winograd) {
   const std::int64_t taps = weight.shape[2] * weight.shape[3];
-  return {weight.shape[1], weight.shape[0], taps, winograd ? kWinogradPoints : taps};
+  return {weight.shape[1], weight.shape[0], taps, winograd ? kWinogradPoints : taps,
+          weight.dtype == Dtype::kBFloat16};
 }
 
 }  // namespace pyeff::cpu

@@ -29,6 +29,7 @@ template <typename A>
 struct LineKernel {
   LineLayout layout;
   const A* weights;
+  const A* pairs;  // of bfloat16, or null
   const A* init;
   const A *scale, *shift;  // or both null
   Activation activation;
@@ -37,7 +38,12 @@ struct LineKernel {
 template <typename A>
 class LineConv {
  public:
+  using Row = A;
+
   LineConv(const LineKernel<A>& line, Tap<A>* taps) : line_(line), taps_(taps) {}
+
+  // How many channels of a pixel are read.
+  static Index readable_channels(Index channels) { return channels; }
 
   // Pixels of a tap are `a_pixel` apart. between() is called before every tile.
   template <typename Between>

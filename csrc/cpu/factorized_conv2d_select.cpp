@@ -17,6 +17,9 @@ const FactorizedConv2dKernels& kernels() {
 #endif
 #ifdef PYEFF_HAVE_AVX512
     case Isa::kAvx512:
+#ifdef PYEFF_HAVE_AVX512BF16
+      if (has_avx512_bf16()) return avx512bf16::factorized_conv2d_kernels;
+#endif
       return avx512::factorized_conv2d_kernels;
 #endif
 #ifdef PYEFF_HAVE_AVX2

@@ -1,6 +1,8 @@
 #pragma once
 // The weights of a 1-D convolution, packed for the tile.
 
+#include <type_traits>
+
 #include "cpu/factorized_conv2d_layout.h"
 #include "cpu/vec.h"
 
@@ -52,6 +54,31 @@ void pack_line(const LineWeight<T>& weight, const LineLayout& layout, A* to) {
         for (Index t = 0; t < layout.taps; ++t) out[t * step] = widen(from[t * weight.tap_stride]);
       }
     }
+  }
+}
+
+// The pairs of bfloat16 that follow the wide form; a missing channel is zero.
+inline void pack_pairs(const LineWeight<BFloat16>& weight, const LineLayout& layout,
+                       std::uint16_t* to) {
+  for (Index lane = 0; lane < layout.lanes(); ++lane) {
+    const Index panel = lane / kPanel * kPanel, width = layout.width(panel);
+    for (Index i = 0; i < 2 * layout.pairs(); ++i) {
+      const bool missing = lane >= layout.out || i >= layout.in;
+      const BFloat16* from = weight.data + lane * weight.out_stride + i * weight.in_stride;
+      for (Index t = 0; t < layout.taps; ++t) {
+        const Index pair = layout.pair_offset(panel, t) + i / 2 * width + lane - panel;
+        to[2 * pair + i % 2] = missing ? std::uint16_t{0} : from[t * weight.tap_stride].bits;
+      }
+    }
+  }
+}
+
+// Everything of the packed form.
+template <typename T, typename A>
+void pack_weight(const LineWeight<T>& weight, const LineLayout& layout, A* to) {
+  pack_line(weight, layout, to);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    pack_pairs(weight, layout, reinterpret_cast<std::uint16_t*>(to + layout.wide_elements()));
   }
 }
 

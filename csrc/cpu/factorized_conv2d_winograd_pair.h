@@ -208,7 +208,7 @@ class WinogradWorker {
   }
 
   const PairCall<float>& call_;
-  PairRows<float> rows_;
+  PairRows<float, float> rows_;
   WinogradGroups row_groups_, col_groups_;
   WinogradLine first_, last_;
   FactorizedScratch& scratch_;

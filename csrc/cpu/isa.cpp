@@ -86,6 +86,15 @@ void force_isa(Isa isa) {
 
 void unforce_isa() { forced.store(kNotForced, std::memory_order_relaxed); }
 
+bool has_avx512_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__) && defined(PYEFF_HAVE_AVX512BF16)
+  static const bool has = machine_has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 std::vector<Isa> available_isas() {
   std::vector<Isa> all;
   for (const Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {

@@ -16,6 +16,10 @@ Isa isa();
 void force_isa(Isa isa);
 void unforce_isa();
 
+// Whether kernels of kAvx512 may use the dot products of bfloat16, which not all of its machines
+// have; a kernel with them is an object file of its own.
+bool has_avx512_bf16();
+
 std::vector<Isa> available_isas();
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);
