@@ -8,9 +8,12 @@ from torch import Tensor
 Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]  # top, bottom, left, right
 
+# Larger ones name no map that fits into memory, and a position times one would not fit into 64 bits.
+_LARGEST = 2**31 - 1
+
 
 def pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> Pair:
-    """An int or two of them as (height, width), each at least ``minimum``."""
+    """An int or two of them as (height, width), each at least ``minimum`` and below 2^31."""
     if isinstance(value, int):
         result = (value, value)
     else:
@@ -19,6 +22,8 @@ def pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> Pair:
         result = (value[0], value[1])
     if result[0] < minimum or result[1] < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value!r}")
+    if max(result) > _LARGEST:
+        raise ValueError(f"{op}: {name} must be at most {_LARGEST}, got {value!r}")
     return result
 
 
@@ -48,6 +53,8 @@ def as_channels_last(t: Tensor) -> Tensor:
     """``t`` itself where its channels lie side by side (other strides are free), else a copy."""
     if t.stride(1) == 1 or t.shape[1] == 1:
         return t
+    if t.numel() == 0:  # which contiguous() returns as it is
+        return empty_channels_last(t, *t.shape)
     return t.contiguous(memory_format=torch.channels_last)
 
 

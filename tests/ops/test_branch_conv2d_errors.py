@@ -82,7 +82,7 @@ def test_refuses_what_is_no_tensor(arguments, message):
         call(**arguments)
 
 
-@pytest.mark.parametrize("size", [2**31, 2**60])
+@pytest.mark.parametrize("size", [2**28, 2**30 - 1])
 def test_refuses_windows_whose_size_overflows(size):
     """One position that reads only padding, far apart: the copy of the map has no size."""
     options = dict(stride=2 * size, padding=size, dilation=size)

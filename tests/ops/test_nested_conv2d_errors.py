@@ -48,6 +48,11 @@ def call(x=(1, 4, 5, 5), weight=(6, 4, 3, 3), bias=None, **options):
             "groups must be 1 with an index",
         ),
         (dict(stride=0), "stride must be at least 1, got 0"),
+        # Positions that do not fit into 64 bits, with an output of one position.
+        (
+            dict(stride=2**61, padding=2**60, dilation=2**60),
+            f"stride must be at most {2**31 - 1}, got {2**61}",
+        ),
         (dict(stride=(1, 2, 3)), r"stride must be an int or two ints, got \(1, 2, 3\)"),
         (dict(padding=-1), "padding must be at least 0, got -1"),
         (dict(padding="full"), 'padding must be ints, "same" or "valid"'),
