@@ -74,6 +74,7 @@ class Plan:
         seeds: of the first static network and the clustered HydraNet.
         ablation_seeds: of the other arms.
         hydra_recipe: settings of the HydraNets' training alone.
+        widths: channels of the three stages of all networks.
     """
 
     data: Path
@@ -84,6 +85,7 @@ class Plan:
     seeds: tuple[int, ...]
     ablation_seeds: tuple[int, ...]
     hydra_recipe: dict[str, Any]
+    widths: tuple[int, ...]
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """Which seeds an arm is trained with."""
@@ -93,7 +95,7 @@ class Plan:
         """One run."""
         settings: dict[str, Any] = {}
         if arm in HYDRA_ARMS:
-            model = dict(self.hydranet)
+            model = {**self.hydranet, "widths": list(self.widths)}
             settings["partition"] = "auto" if arm == "clustered" else "random"
             settings.update(self.hydra_recipe)
             if arm == "learn":
@@ -101,7 +103,8 @@ class Plan:
             elif arm == "clustered":
                 settings["reference"] = str(self.runs / f"{self.static[0]}_s{seed}")
         else:
-            model = {"family": "backbone", "backbone": arm, **FORM}
+            widths = list(self.widths)
+            model = {"family": "backbone", "backbone": arm, "widths": widths, **FORM}
         return TrainConfig(
             tasks=(TASK,),
             model=model,
@@ -269,6 +272,7 @@ def arguments_of() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=HYDRANET[name.replace("-", "_")])
     for name in ("w-s", "w-b", "w-g"):
         parser.add_argument(f"--{name}", type=float, default=HYDRANET[name.replace("-", "_")])
+    parser.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64])
     parser.add_argument("--time", action="store_true", help="measure inference too")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -287,6 +291,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         seeds=tuple(arguments.seeds),
         ablation_seeds=tuple(arguments.ablation_seeds),
         hydra_recipe={k: named(k) for k in ("branch_mean", "gate_loss_weight")},
+        widths=tuple(arguments.widths),
     )
 
 
