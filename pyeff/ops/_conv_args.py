@@ -8,7 +8,7 @@ from torch import Tensor
 Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]  # top, bottom, left, right
 
-# Larger ones name no map that fits into memory, and a position times one would not fit into 64 bits.
+# No map of a larger one fits into memory, and a position times one would not fit into 64 bits.
 _LARGEST = 2**31 - 1
 
 
