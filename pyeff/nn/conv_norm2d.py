@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from pyeff.nn.factorized_conv2d import check_activation
 from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
@@ -53,7 +54,7 @@ class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
             ``[N, F, H', W']``.
         """
         check_activation("ConvNorm2d", "outer", outer)
-        if not is_affine(self.norm):
+        if isinstance(x, Proxy) or not is_affine(self.norm):
             y = self.norm(self.conv(x))
             return activation(y if residual is None else y + residual, outer)
         y = _convolve(self.conv, x, *self._folded_for(x, residual))

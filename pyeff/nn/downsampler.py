@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
 from pyeff.nn.non_bottleneck_1d import EPS
@@ -53,7 +54,7 @@ class Downsampler(FoldsNorms[_Folded]):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[N, C, H, W]`` to ``[N, F, ceil(H / 2), ceil(W / 2)]``."""
         pooled = _pool(x)
-        if not is_affine(self.norm):
+        if isinstance(x, Proxy) or not is_affine(self.norm):
             return F.relu(self.norm(torch.cat([self.conv(x), pooled], 1)), inplace=True)
         weight, bias, scale, shift = self._folded_for(x)
         convolved = F.conv2d(x, weight, bias, 2, 1)
@@ -82,8 +83,8 @@ class Downsampler(FoldsNorms[_Folded]):
 
 def _pool(x: Tensor) -> Tensor:
     """The largest of every 2 x 2 pixels, channels_last for such an ``x``."""
-    height, width = x.shape[2:]
-    if torch.compiler.is_compiling() or x.requires_grad or height % 2 or width % 2:
+    traced = isinstance(x, Proxy) or torch.compiler.is_compiling()
+    if traced or x.requires_grad or x.shape[2] % 2 or x.shape[3] % 2:
         return F.max_pool2d(x, 2, 2, ceil_mode=True)
     # PyTorch's pooling takes ten times as long for the three channels of an image.
     image = x.permute(0, 2, 3, 1)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
 from pyeff.ops.factorized_conv2d import factorized_conv2d
@@ -202,17 +203,26 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
             ``[N, F, H', W']``, channels_last.
         """
         check_activation(_OP, "outer", outer)
-        if self.norm is None:
+        if isinstance(x, Proxy):
+            y = self._by_members(x)
+        elif self.norm is None:
             return self._run(x, _PLAIN, residual, outer)
-        if is_affine(self.norm_inner) and is_affine(self.norm_outer):
+        elif is_affine(self.norm_inner) and is_affine(self.norm_outer):
             return self._run(x, self._folded_for(x, residual), residual, outer)
-        if self.norm_inner is None:
+        elif self.norm_inner is None:
             y = self._run(x, _PLAIN, None, None)
         else:
-            y = self.second(activation(self.norm_inner(self.first(x)), self.inner))
+            y = self._by_members(x)
         if self.norm_outer is not None:
             y = self.norm_outer(y)
         return activation(y if residual is None else y + residual, outer)
+
+    def _by_members(self, x: Tensor) -> Tensor:
+        """The pair as calls of its layers: what tracers see, and what batch statistics need."""
+        y = self.first(x)
+        if self.norm_inner is not None:
+            y = self.norm_inner(y)
+        return self.second(activation(y, self.inner))
 
     def _run(
         self, x: Tensor, folded: _Folded, residual: Tensor | None, outer: str | None

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from models.model_cases import randomise_norms
 from torch import nn
 
-from pyeff.nn import FactorizedConv2d, synchronise_batch_norm
+from pyeff.nn import (
+    Branches,
+    Downsampler,
+    FactorizedConv2d,
+    NonBottleneck1d,
+    synchronise_batch_norm,
+)
+from pyeff.ops import Routes
 from pyeff.ops.factorized_conv2d import factorized_conv2d
 
 C, OUT, RANK = 3, 5, 4
@@ -375,6 +382,22 @@ def test_compiles_whole(norm, train):
             conv.second.weight.mul_(2)
             assert_same(compiled(x), members(conv, x))
     torch._dynamo.reset()
+
+
+def test_tracers_see_the_members():
+    """What is built of pairs can be branched like what is built of plain layers."""
+    template = nn.Sequential(
+        Downsampler(C, OUT),
+        NonBottleneck1d(OUT, dilation=2),
+        FactorizedConv2d(OUT, OUT, 3, padding=1, norm="both"),
+    )
+    branches = Branches(template, 3, init=randomise_norms).double().eval()
+    x, index = images((8, 6)), torch.tensor([[2, 0], [1, 2]])
+    with torch.no_grad():
+        y = branches(x, Routes(index, torch.ones(2, 2)))
+        for n, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            copied = branches.copy_of(int(index[n, j]))
+            torch.testing.assert_close(y[n, j], copied(x[n : n + 1])[0], check_stride=False)
 
 
 def test_synchronised_norms_take_the_norms_place():
