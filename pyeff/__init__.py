@@ -7,7 +7,18 @@ from pyeff import models, nn, ops
 from pyeff._C import version
 from pyeff._info import info
 from pyeff.checkpoint import load, save
-from pyeff.ops import backend, clear_packed, isa
+from pyeff.ops import backend, clear_packed, isa, winograd
 
-__all__ = ["backend", "clear_packed", "info", "isa", "load", "models", "nn", "ops", "save"]
+__all__ = [
+    "backend",
+    "clear_packed",
+    "info",
+    "isa",
+    "load",
+    "models",
+    "nn",
+    "ops",
+    "save",
+    "winograd",
+]
 __version__ = version

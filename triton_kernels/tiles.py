@@ -87,12 +87,24 @@ _BRANCH_GRAD_WEIGHT = {
     kind: tuple(t._replace(stages=5 if kind != "ieee" else t.stages) for t in rows)
     for kind, rows in _GRAD_WEIGHT.items()
 }
+# All channels of both convolutions of a pair (at most ``cols``) are one program's, and three blocks
+# of the map between them.
+_PAIR = {
+    "half": (
+        Tile(128, 64, 64, 8, 3),
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 128, 64, 8, 3),
+    ),
+    "tf32": (Tile(64, 64, 32, 8, 3),),
+    "ieee": (Tile(32, 64, 16, 8, 2),),
+}
 _TASKS = {
     "gemm": _GEMM,
     "gather": _GATHER,
     "grad_weight": _GRAD_WEIGHT,
     "branch": _BRANCH,
     "branch_grad_weight": _BRANCH_GRAD_WEIGHT,
+    "pair": _PAIR,
 }
 TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     (task, architecture): rows for task, rows in _TASKS.items() for architecture in (80, 90, 100)
@@ -185,7 +197,7 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
     Args:
         task: ``"gemm"`` (forward and input gradient), ``"gather"`` (the same with channel
             numbers), ``"branch"`` (the same image by image), ``"grad_weight"`` or
-            ``"branch_grad_weight"``.
+            ``"branch_grad_weight"``; for ``"pair"`` see :func:`choose_pair`.
         kind: See :func:`arithmetic`.
         device: Where it runs.
         rows: Rows of the result.
@@ -202,6 +214,36 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
         if fills and shared_bytes(tile, kind, task) <= limits.shared:
             return tile
     return candidates[-1]
+
+
+def choose_pair(
+    kind: str, device: torch.device, tile: Tile | None, channels: int, lines: int, steps: int
+) -> tuple[Tile, int]:
+    """The tile of a fused pair, and how many steps along its lines a program walks.
+
+    The first tile of the list that takes the channels and gives every multiprocessor a program
+    whose segment has at least eight steps; else the last that takes the channels, with at least
+    four, since each segment computes two pixels of the middle map more than it has.
+
+    Args:
+        kind: See :func:`arithmetic`.
+        device: Where it runs.
+        tile: Instead of the table's.
+        channels: Of the wider convolution.
+        lines: Rows of pixels ``dilation`` apart, of all images.
+        steps: Pixels of a line.
+    """
+    limits = device_limits(device)
+    if tile is None and limits.architecture == 0:
+        tile = INTERPRETER
+    candidates = [tile] if tile else TILES["pair", limits.architecture][kind]
+    candidates = [t for t in candidates if t is tile or t.cols >= channels]
+    for chosen in candidates:
+        blocks = -(-lines // chosen.rows)
+        segments = -(-limits.processors // blocks)
+        if segments * 8 <= steps:
+            break
+    return chosen, max(4, -(-steps // segments))
 
 
 def pixel_shares(device: torch.device, programs: int, pixels: int, depth: int) -> int:

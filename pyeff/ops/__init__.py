@@ -1,7 +1,7 @@
 """The operators: public functions over interchangeable backends."""
 
 from pyeff.ops._branch_plan import BranchPlan
-from pyeff.ops._dispatch import backend, isa
+from pyeff.ops._dispatch import backend, isa, winograd
 from pyeff.ops._packed import clear_packed
 from pyeff.ops.branch_conv2d import branch_conv2d
 from pyeff.ops.branch_linear import branch_linear
@@ -24,4 +24,5 @@ __all__ = [
     "isa",
     "nested_conv2d",
     "top_k_routes",
+    "winograd",
 ]

@@ -4,12 +4,18 @@ Every function takes checked arguments. The backward is that of the two convolut
 activation alone; what follows them is undone by ``_factorized_op``, for all backends alike.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
 from pyeff.ops import _factorized_torch as aten
+from pyeff.ops._conv_args import as_channels_last
 from pyeff.ops._dispatch import choose
+from pyeff.ops._factorized_choice import backward_winograd, forward_form
+from pyeff.ops._factorized_cpp import backward as cpp_backward
+from pyeff.ops._factorized_cpp import cpp_call
+from pyeff.ops._factorized_cpp import forward as cpp_forward
 from pyeff.ops._factorized_pair import FactorPair
 from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
 
@@ -32,16 +38,25 @@ class Tensors(NamedTuple):
 
 def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> Tensor:
     """y [N, F, H', W'], channels_last; ``recording`` says that a weight gradient will follow."""
-    name = choose(OP, tensors.x, direction="train" if recording else "forward")
-    if name == "torch":
-        x, w_first, b_first, w_second, b_second, *epilogue = tensors
-        scale, shift, residual = epilogue
-        return aten.forward(
-            x, (w_first, b_first), (w_second, b_second), (scale, shift, residual), pair
-        )
+    x, w_first, b_first, w_second, b_second, scale, shift, residual = tensors
+    first, second, epilogue = (w_first, b_first), (w_second, b_second), (scale, shift, residual)
+    name = choose(OP, x, direction="train" if recording else "forward")
     if name == "reference":
         return by_reference(tensors, pair)
-    raise refusal(name)
+    form = forward_form(name, x, w_first, w_second, pair)
+    if form.name == "torch":
+        return aten.forward(x, first, second, epilogue, pair)
+    if name == "cpp":
+        call = cpp_call(x, w_first, w_second, pair, form)
+        return cpp_forward(call, x, first, second, epilogue, recording=recording)
+    if name == "triton":
+        kernels = _triton()
+        after = kernels.Epilogue(b_second, *epilogue, pair.outer)
+        fused = form.name == "fused"
+        return kernels.forward(
+            as_channels_last(x), *first, w_second, after, pair[:3], pair.inner, fused=fused
+        )
+    raise _no_kernels(name)
 
 
 def backward(
@@ -65,7 +80,16 @@ def backward(
     name = choose(OP, x, direction="backward")
     if name in ("torch", "reference"):
         return aten.backward(grad, x, first, w_second, pair, wanted)
-    raise refusal(name)
+    if name == "cpp":
+        winograd = backward_winograd(x, first[0], pair)
+        return cpp_backward(grad, x, first, w_second, pair, wanted, winograd)
+    if name == "triton":
+        grad, x = as_channels_last(grad), as_channels_last(x)
+        gradients: Grads = _triton().backward(
+            grad, x, *first, w_second, pair[:3], pair.inner, wanted
+        )
+        return gradients
+    raise _no_kernels(name)
 
 
 def by_reference(tensors: Tensors, pair: FactorPair) -> Tensor:
@@ -94,8 +118,13 @@ def compose(tensors: Tensors, pair: FactorPair) -> Tensor:
     )
 
 
-def refusal(name: str) -> Exception:
-    """What a backend without kernels is answered with."""
+def _triton() -> ModuleType:
+    from pyeff.triton_kernels import factorized_conv2d as kernels  # only where it is asked for
+
+    return kernels
+
+
+def _no_kernels(name: str) -> Exception:
     return NotImplementedError(
-        f"{OP}: backend {name} has no kernels for this operator yet; use torch"
+        f"{OP}: backend {name} has no kernels for this operator yet; use triton or torch"
     )

@@ -1,7 +1,6 @@
 """factorized_conv2d composed of ATen's operators."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,19 @@ from torch import Tensor
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
 from pyeff.ops._factorized_pair import FactorPair, is_vertical_first
 
-_IN_PLACE: dict[str | None, Callable[[Tensor], Any]] = {
-    None: lambda t: None,
-    "relu": torch.relu_,
-    "relu6": lambda t: F.relu6(t, inplace=True),
-    "silu": lambda t: F.silu(t, inplace=True),
-    "hardswish": lambda t: F.hardswish(t, inplace=True),
-}
+
+def activate(t: Tensor, name: str | None) -> Tensor:
+    """The activation of that name, in place."""
+    if name is None:
+        return t
+    if name == "relu":
+        return t.relu_()
+    activations: dict[str, Callable[..., Tensor]] = {
+        "relu6": F.relu6,
+        "silu": F.silu,
+        "hardswish": F.hardswish,
+    }
+    return activations[name](t, inplace=True)
 
 
 def forward(
@@ -45,8 +50,7 @@ def forward(
         y.add_(shift[:, None, None])
     if residual is not None:
         y.add_(residual)
-    _IN_PLACE[pair.outer](y)
-    return _channels_last(y)
+    return _channels_last(activate(y, pair.outer))
 
 
 def middle_map(
@@ -58,11 +62,9 @@ def middle_map(
     """
     before = _convolve(as_channels_last(x), weight, bias, is_vertical_first(weight), pair)
     if pair.inner in (None, "relu", "relu6"):
-        _IN_PLACE[pair.inner](before)
-        return before, before
-    after = before.clone()
-    _IN_PLACE[pair.inner](after)
-    return before, after
+        after = activate(before, pair.inner)
+        return after, after
+    return before, activate(before.clone(), pair.inner)
 
 
 def backward(

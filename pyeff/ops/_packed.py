@@ -1,6 +1,6 @@
 """One packed copy per weight version, shared by every level that reads the weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from pyeff.ops._weak_cache import WeakTensorCache
 
 
 class _Packed(NamedTuple):
-    groups: int
+    form: Hashable
     # None marks a weight that was seen once. Packing waits for the second call, so that weights
     # made for a single use (casts, composed or normalised weights) never pay for a copy.
     copy: Tensor | None
@@ -31,36 +31,63 @@ def on_clear(clear: Callable[[Tensor | None], None]) -> None:
 def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
     """The packed form of a CPU weight, or None where it should be read in place.
 
-    None for inference tensors (they carry no version), for a weight seen for the first time, and
-    where a gradient to the weight is being recorded, since the weight is about to change then.
-
     Args:
         weight: [O, I / groups, kh, kw]; of branches [B, O, I / groups, kh, kw] or [B, O, I].
         groups: Of the convolution.
     """
+    return _packed_copy(weight, groups, _pack)
+
+
+def packed_line(weight: Tensor, winograd: bool) -> Tensor | None:
+    """The packed form of a 1-D convolution's CPU weight, or None where it is not worth a copy.
+
+    Args:
+        weight: [O, I, n, 1] or [O, I, 1, n].
+        winograd: For Winograd's F(4, 3).
+    """
+    return _packed_copy(weight, ("line", winograd), _pack_line)
+
+
+def _packed_copy(weight: Tensor, form: Any, pack: Callable[[Tensor, Any], Tensor]) -> Tensor | None:
+    """The copy in one form; a weight has one, that of the last form it was asked for in.
+
+    None for inference tensors (they carry no version), for a weight seen for the first time, and
+    where a gradient to the weight is being recorded, since the weight is about to change then.
+    """
     if weight.requires_grad and torch.is_grad_enabled():
         return None
     known = _packed.get(weight)
-    if known is not None and known.groups == groups:
+    if known is not None and known.form == form:
         if known.copy is None:
-            known = _Packed(groups, _pack(weight, groups))
+            known = _Packed(form, pack(weight, form))
             _packed.put(weight, known)
         return known.copy
     if not weight.is_inference():
-        _packed.put(weight, _Packed(groups, None))
+        _packed.put(weight, _Packed(form, None))
     return None
 
 
 def _pack(weight: Tensor, groups: int) -> Tensor:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dim() == 4:
-        packed = torch.empty(_C.nested_conv2d_packed_elements(weight, groups), dtype=dtype)
+        packed = _empty(weight, _C.nested_conv2d_packed_elements(weight, groups))
         _C.nested_conv2d_pack(weight, packed, groups, torch.get_num_threads())
         return packed
     stacked = (weight if weight.dim() == 5 else weight[..., None, None]).detach().contiguous()
-    packed = torch.empty(_C.branch_conv2d_packed_elements(stacked, groups), dtype=dtype)
+    packed = _empty(weight, _C.branch_conv2d_packed_elements(stacked, groups))
     _C.branch_conv2d_pack(stacked, packed, groups, torch.get_num_threads())
     return packed
+
+
+def _pack_line(weight: Tensor, form: tuple[str, bool]) -> Tensor:
+    _, winograd = form
+    packed = _empty(weight, _C.factorized_conv2d_packed_elements(weight, winograd))
+    _C.factorized_conv2d_pack(weight, packed, winograd)
+    return packed
+
+
+def _empty(weight: Tensor, elements: int) -> Tensor:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.empty(elements, dtype=dtype)
 
 
 def clear_packed(weight: Tensor | None = None) -> None:

@@ -1,0 +1,209 @@
+"""factorized_conv2d on the CPU kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyeff import _C
+from pyeff.ops._conv_args import as_channels_last, empty_channels_last
+from pyeff.ops._factorized_choice import Form
+from pyeff.ops._factorized_pair import ACTIVATIONS, FactorPair, is_vertical_first, taps_of
+from pyeff.ops._factorized_torch import activate, activation_backward
+from pyeff.ops._packed import packed_line
+
+Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None]  # scale, shift, residual
+_NOTHING: Epilogue = (None, None, None)
+
+
+class CppCall(NamedTuple):
+    """What a forward call needs beside its tensors; depends on shapes only."""
+
+    fused: bool
+    winograd: bool
+    middle: tuple[int, ...]  # shapes
+    result: tuple[int, ...]
+    problem: tuple[int, ...]  # of the fused call, or of the second line
+    first_problem: tuple[int, ...]  # of the first line
+
+
+def cpp_call(x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair, form: Form) -> CppCall:
+    """The call for tensors of these shapes and the present number of threads."""
+    taps, shape = taps_of(w_first), x.shape
+    middle = pair.middle_size(shape, taps, is_vertical_first(w_first))
+    result = pair.output_size(shape, taps)
+    first = pair._replace(inner=None, outer=pair.inner)
+    return CppCall(
+        form.name == "fused",
+        form.winograd,
+        (shape[0], w_first.shape[0], *middle),
+        (shape[0], w_second.shape[0], *result),
+        _problem(pair, form.winograd),
+        _problem(first, form.winograd),
+    )
+
+
+def forward(
+    call: CppCall,
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    second: tuple[Tensor, Tensor | None],
+    epilogue: Epilogue,
+    *,
+    recording: bool = False,
+) -> Tensor:
+    """y [N, F, H', W'], channels_last.
+
+    Args:
+        call: See :func:`cpp_call`.
+        x: [N, C, H, W].
+        first: Weight and bias of the first convolution.
+        second: Of the second.
+        epilogue: Scale, shift and residual.
+        recording: A gradient of the weights will follow: they are about to change.
+    """
+    y = empty_channels_last(x, *call.result)
+    x = as_channels_last(x)
+    (w_first, b_first), (w_second, b_second) = first, second
+    packed_first = packed_second = None
+    if not recording:
+        packed_first = packed_line(w_first, call.winograd)
+        packed_second = packed_line(w_second, call.winograd)
+    scale, shift, residual = epilogue
+    if residual is not None:
+        residual = as_channels_last(residual)
+    ends = (_contiguous(b_second), _contiguous(scale), _contiguous(shift), residual)
+    b_first = _contiguous(b_first)
+    if call.fused:
+        _C.factorized_conv2d_forward(
+            x, w_first, packed_first, b_first, w_second, packed_second, *ends, y, call.problem
+        )
+        return y
+    middle = empty_channels_last(x, *call.middle)
+    _C.factorized_conv2d_line_forward(
+        x, w_first, packed_first, b_first, *_NOTHING, middle, call.first_problem
+    )
+    _C.factorized_conv2d_line_forward(middle, w_second, packed_second, *ends, y, call.problem)
+    return y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    w_second: Tensor,
+    pair: FactorPair,
+    wanted: tuple[bool, ...],
+    winograd: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
+
+    Args:
+        grad: Gradient of the second convolution's result, [N, F, H', W'].
+        x: [N, C, H, W].
+        first: Weight and bias of the first convolution.
+        w_second: Of the second.
+        pair: The rest; ``outer`` plays no part.
+        wanted: One for each gradient.
+        winograd: Whether lines may be computed so.
+    """
+    (w_first, b_first), vertical = first, is_vertical_first(first[0])
+    grad, x = as_channels_last(grad), as_channels_last(x)
+    through = any(wanted[:3])
+    grad_b_second = _sum_over_pixels(grad) if wanted[4] else None
+    if not through and not wanted[3]:
+        return None, None, None, None, grad_b_second
+    before, after = _middle_map(x, w_first, b_first, pair, winograd)
+    grad_w_second = _grad_weight(grad, after, w_second, pair, not vertical) if wanted[3] else None
+    if not through:
+        return None, None, None, grad_w_second, grad_b_second
+    del after
+    grad_middle = _grad_input(grad, w_second, before.shape, pair, not vertical, winograd)
+    grad_middle = as_channels_last(activation_backward(grad_middle, before, pair.inner))
+    del before
+    return (
+        _grad_input(grad_middle, w_first, x.shape, pair, vertical, winograd) if wanted[0] else None,
+        _grad_weight(grad_middle, x, w_first, pair, vertical) if wanted[1] else None,
+        _sum_over_pixels(grad_middle) if wanted[2] else None,
+        grad_w_second,
+        grad_b_second,
+    )
+
+
+def _middle_map(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: FactorPair, winograd: bool
+) -> tuple[Tensor, Tensor]:
+    """Before and after the inner activation; one tensor where its derivative follows from that."""
+    from_result = pair.inner in (None, "relu", "relu6")
+    size = pair.middle_size(x.shape, taps_of(weight), is_vertical_first(weight))
+    before = empty_channels_last(x, x.shape[0], weight.shape[0], *size)
+    line = pair._replace(inner=None, outer=pair.inner if from_result else None)
+    _C.factorized_conv2d_line_forward(
+        x, weight, None, _contiguous(bias), *_NOTHING, before, _problem(line, winograd)
+    )
+    return before, before if from_result else activate(before.clone(), pair.inner)
+
+
+def _grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    pair: FactorPair,
+    vertical: bool,
+    winograd: bool,
+) -> Tensor:
+    """Gradient of a line's input of that shape."""
+    result = empty_channels_last(grad, *shape)
+    padding = pair.dilation * (taps_of(weight) - 1) - pair.padding
+    if pair.stride == 1 and padding >= 0:  # a line with the taps in reverse
+        turned = weight.transpose(0, 1).flip(2, 3)
+        line = FactorPair(1, padding, pair.dilation, None, None)
+        _C.factorized_conv2d_line_forward(
+            grad, turned, None, None, *_NOTHING, result, _problem(line, winograd)
+        )
+        return result
+    problem = _nested_problem(weight, pair, vertical)
+    _C.nested_conv2d_grad_input(grad, weight, result, None, None, problem)
+    return result
+
+
+def _grad_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, pair: FactorPair, vertical: bool
+) -> Tensor:
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    problem = _nested_problem(weight, pair, vertical)
+    _C.nested_conv2d_grad_weight(grad, x, result, None, None, problem)
+    return result
+
+
+def _sum_over_pixels(grad: Tensor) -> Tensor:
+    """[C] from [N, C, H, W]."""
+    if grad.dtype not in (torch.float32, torch.float64):
+        return grad.sum(dim=(0, 2, 3))
+    # A product with ones takes a seventh of the time of sum() in channels_last.
+    rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+    return torch.mv(rows.t(), rows.new_ones(rows.shape[0]))
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _problem(pair: FactorPair, winograd: bool) -> tuple[int, ...]:
+    return (
+        pair.stride,
+        pair.padding,
+        pair.dilation,
+        ACTIVATIONS.index(pair.inner),
+        ACTIVATIONS.index(pair.outer),
+        int(winograd),
+        torch.get_num_threads(),
+    )
+
+
+def _nested_problem(weight: Tensor, pair: FactorPair, vertical: bool) -> tuple[int, ...]:
+    """Of nested_conv2d's kernels, whose gradients serve any convolution."""
+    outputs, inputs = weight.shape[:2]
+    stride, padding, dilation = pair.window(vertical)
+    threads = torch.get_num_threads()
+    return (0, inputs, 0, outputs, *stride, *padding, *dilation, 1, threads)
