@@ -6,6 +6,9 @@ Shapes, with g groups of A outputs: x ``[N, g, H, W]`` or ``[N, k, g, H, W]``, w
 ``[B, g * A, 1, R, S]``, y ``[N, k, g * A, P, Q]``; output channel o reads input channel o // A.
 As in ``branch_conv2d_gemm``, a block of pixels lies inside one pair, a route that names no branch
 counts as a branch of zeros, and sums are float32 without atomics.
+
+What is specialised and what is a run-time argument is as in ``nested_conv2d_depthwise``: else every
+channel would be read by a load of its own.
 """
 
 import triton
@@ -22,8 +25,6 @@ _FORWARD_RUNTIME = [
     "Q",
     "H",
     "W",
-    "K",
-    "per_group",
     "branches",
     "k",
     "stride_h",
@@ -97,13 +98,9 @@ _GRAD_INPUT_RUNTIME = [
     "P",
     "Q",
     "W",
-    "C",
-    "per_group",
     "branches",
     "k",
     "terms",
-    "stride_h",
-    "stride_w",
     "pad_top",
     "pad_left",
     "dil_h",
@@ -170,8 +167,6 @@ _GRAD_WEIGHT_RUNTIME = [
     "Q",
     "H",
     "W",
-    "K",
-    "per_group",
     "branches",
     "k",
     "stride_h",

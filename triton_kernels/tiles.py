@@ -111,7 +111,10 @@ TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
 }
 # There mma.sync takes both factors, transposed, from registers: 128 rows spill.
 TILES["grad_weight", 80] = {**_GRAD_WEIGHT, "tf32": _GRAD_WEIGHT["tf32"][1:]}
-DEPTHWISE = Tile(32, 64, 1, 4, 2)  # one row for all: the depth-wise kernels are bound by memory
+# One row for all: the depth-wise kernels are bound by memory. Eight elements a thread, one load of
+# 16 bytes for halves: with sixteen, ptxas spills where channels must be read one by one. 32 columns
+# and not 64: four times eight rows of a warp share the weights that they load.
+DEPTHWISE = Tile(32, 32, 1, 4, 2)
 # Triton's interpreter pays per operation, not per element: one or two large programs.
 INTERPRETER = Tile(512, 64, 64, 1, 1)
 

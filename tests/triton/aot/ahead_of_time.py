@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LOAD_OF_16_BYTES = r"\bld\.global\S*\.v4\.b32"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 

@@ -6,7 +6,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from ahead_of_time import SHARED_LIMIT, compile_launch, recorded_launches
+from ahead_of_time import LOAD_OF_16_BYTES, SHARED_LIMIT, compile_launch, recorded_launches
 from pyeff.triton_kernels import branch_conv2d as launchers
 from pyeff.triton_kernels import combine, top_k_routes
 from pyeff.triton_kernels.tiles import DEPTHWISE, TILES, shared_bytes
@@ -84,18 +84,28 @@ def compiled(monkeypatch, tmp_path):
 
 @pytest.fixture
 def launch(compiled):
-    """Compiles what a direction launches on 20 branches of 128 channels, 3x3, on 14x14 pixels."""
+    """Compiles what a direction launches on 20 branches of 3x3, on 14x14 pixels."""
 
-    def run(task, architecture, dtype, precision, tile, groups=1, shared=True, shares=4):
+    def run(
+        task,
+        architecture,
+        dtype,
+        precision,
+        tile,
+        groups=1,
+        shared=True,
+        shares=4,
+        channels=CHANNELS,
+    ):
         outer = (IMAGES,) if shared else (IMAGES, ROUTES)
-        x = maps(*outer, CHANNELS, SIDE, SIDE, dtype=dtype)
-        y = maps(IMAGES, ROUTES, CHANNELS, SIDE, SIDE, dtype=dtype)
-        weight = maps(BRANCHES, CHANNELS, CHANNELS // groups, 3, 3, dtype=dtype)
+        x = maps(*outer, channels, SIDE, SIDE, dtype=dtype)
+        y = maps(IMAGES, ROUTES, channels, SIDE, SIDE, dtype=dtype)
+        weight = maps(BRANCHES, channels, channels // groups, 3, 3, dtype=dtype)
         index = on_meta(IMAGES, ROUTES, dtype=torch.int32)
         layer = (index, *WINDOW, groups)
         options = {"precision": precision, "tile": tile}
         if task == "forward":
-            bias = on_meta(BRANCHES, CHANNELS, dtype=dtype)
+            bias = on_meta(BRANCHES, channels, dtype=dtype)
             return compiled(
                 architecture, launchers.forward, x, weight, bias, *layer, "relu", **options
             )
@@ -166,13 +176,18 @@ def test_one_x_for_each_pair(task, launch):
         check_fits(binary, 90)
 
 
+# 72 channels: neither their number nor a stride is a multiple of 16, so each is loaded by itself.
+@pytest.mark.parametrize("channels", [CHANNELS, 72])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("task", TASKS)
-def test_depthwise(architecture, task, launch):
-    binaries = launch(task, architecture, torch.float16, "ieee", DEPTHWISE, groups=CHANNELS)
-    assert any("depthwise" in binary.name for binary in binaries)
+def test_depthwise(task, architecture, channels, launch):
+    binaries = launch(
+        task, architecture, torch.float16, "ieee", DEPTHWISE, groups=channels, channels=channels
+    )
     for binary in binaries:
         check_fits(binary, architecture)
+    direct = next(b for b in binaries if "depthwise" in b.name)
+    assert bool(direct.count(LOAD_OF_16_BYTES)) == (channels == CHANNELS)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -6,7 +6,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from ahead_of_time import SHARED_LIMIT, compile_launch, recorded_launches
+from ahead_of_time import LOAD_OF_16_BYTES, SHARED_LIMIT, compile_launch, recorded_launches
 from pyeff.triton_kernels import nested_conv2d as launchers
 from pyeff.triton_kernels import nested_conv2d_depthwise
 from pyeff.triton_kernels.tiles import DEPTHWISE, TILES, shared_bytes
@@ -139,11 +139,14 @@ def test_pixel_numbers_of_64_bits(task, groups, launch, monkeypatch):
         check_fits(binary, 90)
 
 
+# 72 channels: neither their number nor a stride is a multiple of 16, so each is loaded by itself.
+@pytest.mark.parametrize("channels", [160, 72])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("task", TASKS)
-def test_depthwise(architecture, task, launch):
-    same = ((32, 192), (32, 192))
+def test_depthwise(task, architecture, channels, launch):
+    same = ((32, 32 + channels), (32, 32 + channels))
     binaries = launch(task, architecture, torch.float16, "ieee", DEPTHWISE, same, groups=256)
     assert "depthwise" in binaries[0].name
     for binary in binaries:
         check_fits(binary, architecture)
+    assert bool(binaries[0].count(LOAD_OF_16_BYTES)) == (channels == 160)

@@ -1,6 +1,6 @@
-"""Makes Triton 3.6's interpreter usable and right on a machine without a GPU.
+"""Makes Triton's interpreter usable and right on a machine without a GPU.
 
-Two holes are closed, both seen with Triton 3.6.0 and numpy 2.4:
+Two holes are closed, both seen with Triton 3.6.0 and numpy 2.4, the first with 3.7.1 too:
 - ``tl.dot`` multiplies the raw bit patterns of bfloat16: silently wrong numbers.
 - A loop bound that is a tensor becomes ``int(array of one element)``: a TypeError.
 """
