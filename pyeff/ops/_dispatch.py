@@ -120,6 +120,17 @@ def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
     return _choice(op, direction, x.device.type, x.dtype)
 
 
+def measured_rates(op: str, x: Tensor) -> dict[str, float]:
+    """The measured rates of an operator's forms for the device and the dtype of ``x``."""
+    return _rates(op, x.device.type, x.dtype)
+
+
+@cache
+def _rates(op: str, device_type: str, dtype: torch.dtype) -> dict[str, float]:
+    rates = _table(device_type)[op]["rates"]
+    return {**rates["default"], **rates.get(str(dtype).removeprefix("torch."), {})}
+
+
 @cache
 def _choice(op: str, direction: str, device_type: str, dtype: torch.dtype) -> str:
     rules = _table(device_type)[op][direction]

@@ -12,14 +12,13 @@ from torch import Tensor
 from pyeff.ops import _factorized_torch as aten
 from pyeff.ops._conv_args import as_channels_last
 from pyeff.ops._dispatch import choose
-from pyeff.ops._factorized_choice import backward_winograd, forward_form
+from pyeff.ops._factorized_choice import OP, forward_form
+from pyeff.ops._factorized_cpp import CppCall, cpp_call
 from pyeff.ops._factorized_cpp import backward as cpp_backward
-from pyeff.ops._factorized_cpp import cpp_call
 from pyeff.ops._factorized_cpp import forward as cpp_forward
 from pyeff.ops._factorized_pair import FactorPair
 from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
 
-OP = "factorized_conv2d"
 Grads = tuple[Tensor | None, ...]
 
 
@@ -48,7 +47,7 @@ def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> T
         return aten.forward(x, first, second, epilogue, pair)
     if name == "cpp":
         call = cpp_call(x, w_first, w_second, pair, form)
-        return cpp_forward(call, x, first, second, epilogue, recording=recording)
+        return cpp_forward(call, *tensors, recording=recording)
     if name == "triton":
         kernels = _triton()
         after = kernels.Epilogue(b_second, *epilogue, pair.outer)
@@ -81,8 +80,7 @@ def backward(
     if name in ("torch", "reference"):
         return aten.backward(grad, x, first, w_second, pair, wanted)
     if name == "cpp":
-        winograd = backward_winograd(x, first[0], pair)
-        return cpp_backward(grad, x, first, w_second, pair, wanted, winograd)
+        return cpp_backward(grad, x, first, w_second, pair, wanted)
     if name == "triton":
         grad, x = as_channels_last(grad), as_channels_last(x)
         gradients: Grads = _triton().backward(
@@ -90,6 +88,22 @@ def backward(
         )
         return gradients
     raise _no_kernels(name)
+
+
+class Call(NamedTuple):
+    """A checked call: what to run, and the cpp backend's form of it where that will run."""
+
+    pair: FactorPair
+    cpp: CppCall | None
+
+
+def planned(tensors: Tensors, pair: FactorPair) -> Call:
+    """The call without gradients for tensors of these shapes."""
+    x, w_first, w_second = tensors.x, tensors.w_first, tensors.w_second
+    if choose(OP, x) != "cpp":
+        return Call(pair, None)
+    form = forward_form("cpp", x, w_first, w_second, pair)
+    return Call(pair, None if form.name == "torch" else cpp_call(x, w_first, w_second, pair, form))
 
 
 def by_reference(tensors: Tensors, pair: FactorPair) -> Tensor:

@@ -1,12 +1,21 @@
-"""How a pair of convolutions is run: the one place that decides, from measured numbers."""
+"""How a pair of convolutions is run: the one place that decides.
 
+A model of the time that each form takes, from rates that were measured on the device that
+``tables/cpu.json`` names; ``benchmarks/ops/factorized_forms.py`` measures them and compares. On a
+GPU nothing was measured yet: there the fused kernel runs wherever it can.
+"""
+
+from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyeff.ops._dispatch import winograd_allowed
-from pyeff.ops._factorized_pair import FactorPair, taps_of
+from pyeff.ops._dispatch import forced_backend, measured_rates, winograd_allowed
+from pyeff.ops._factorized_pair import FactorPair, is_vertical_first, taps_of
+
+OP = "factorized_conv2d"
+_WINOGRAD_OUTPUTS = 4  # of F(4, 3), which multiplies half as often
 
 
 class Form(NamedTuple):
@@ -16,27 +25,101 @@ class Form(NamedTuple):
     winograd: bool
 
 
+class _Line(NamedTuple):
+    """One of the two convolutions."""
+
+    inputs: int
+    outputs: int
+    pixels: int  # of its result
+    length: int  # of its result along its axis
+    taps: int
+
+    @property
+    def gflop(self) -> float:
+        return 2e-9 * self.pixels * self.inputs * self.outputs * self.taps
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.taps
+
+
 def forward_form(
     backend: str, x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair
 ) -> Form:
-    """The form of a forward call on a backend."""
+    """The form of a forward call on a backend; without a forced one also that of torch."""
     if backend == "torch":
         return Form("torch", False)
     if backend == "triton":
         from pyeff.triton_kernels.factorized_conv2d import can_fuse
 
         return Form("fused" if can_fuse(w_first, w_second, pair[:3], x.dtype) else "two", False)
-    return Form("fused", winograd_fits(x, w_first, pair))
+    return min(
+        estimates(x, w_first, w_second, pair, forced=forced_backend() is not None).items(),
+        key=lambda item: item[1],
+    )[0]
 
 
-def backward_winograd(x: Tensor, w_first: Tensor, pair: FactorPair) -> bool:
-    return winograd_fits(x, w_first, pair)
+def line_winograd(x: Tensor, weight: Tensor, pair: FactorPair) -> bool:
+    """Whether a single line with a result of the size of ``x`` is faster so; for gradients."""
+    outputs, inputs = weight.shape[:2]
+    length = x.shape[2] if is_vertical_first(weight) else x.shape[3]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    line = _Line(inputs, outputs, pixels, length, taps_of(weight))
+    rates = measured_rates(OP, x)
+    times = [_seconds(line, pair, rates, winograd) for winograd in (False, True)]
+    return _can_winograd(x, weight, pair) and times[1] < times[0]
 
 
-def winograd_fits(x: Tensor, w_first: Tensor, pair: FactorPair) -> bool:
-    return (
-        x.dtype == torch.float32
-        and taps_of(w_first) == 3
-        and pair.stride == 1
-        and winograd_allowed()
-    )
+def estimates(
+    x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair, *, forced: bool = False
+) -> dict[Form, float]:
+    """Seconds of every form that can run on the CPU; ``forced`` leaves torch out."""
+    rates, threads = measured_rates(OP, x), torch.get_num_threads()
+    lines = _lines(x, w_first, w_second, pair)
+    result = {}
+    for winograd in (False, True) if _can_winograd(x, w_first, pair) else (False,):
+        kernels = sum(_seconds(line, pair, rates, winograd) for line in lines) / threads
+        size = 8 if x.dtype == torch.float64 else 4  # of a packed weight
+        packed = size * sum(line.weights for line in lines) * (2 if winograd else 1)
+        # Both weights are read again for every row where the cache does not hold them.
+        spilled = 1e-9 * max(0.0, packed - rates["cache_bytes"]) / rates["spill_gbyte_per_s"]
+        result[Form("fused", winograd)] = kernels + spilled
+        middle = 1e-9 * lines[0].pixels * lines[0].outputs * x.element_size()
+        traffic = 2 * middle / rates["traffic_gbyte_per_s"]
+        # Of a pair of single taps the lines have no axis of their own.
+        if lines[0].taps > 1:
+            result[Form("two", winograd)] = kernels + traffic + rates["call_s"]
+    if not forced:
+        gflop = sum(line.gflop for line in lines)
+        result[Form("torch", False)] = (
+            gflop / rates["torch_gflop_per_s"] / threads + rates["torch_s"]
+        )
+    return result
+
+
+def _lines(x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair) -> tuple[_Line, _Line]:
+    vertical, taps = is_vertical_first(w_first), taps_of(w_first)
+    middle = pair.middle_size(x.shape, taps, vertical)
+    result = pair.output_size(x.shape, taps)
+    n, (outputs, inputs) = x.shape[0], w_second.shape[:2]
+    axis = 0 if vertical else 1
+    first = _Line(x.shape[1], inputs, n * middle[0] * middle[1], middle[axis], taps)
+    second = _Line(inputs, outputs, n * result[0] * result[1], result[1 - axis], taps)
+    return first, second
+
+
+def _seconds(line: _Line, pair: FactorPair, rates: dict[str, float], winograd: bool) -> float:
+    """Of one line on one thread."""
+    direct = line.gflop / rates["gflop_per_s"]
+    if not winograd:
+        return direct
+    # Pixels ``dilation`` apart are computed four at a time: some of the last four are not there.
+    run = max(1, line.length // pair.dilation)
+    filled = run / (_WINOGRAD_OUTPUTS * ceil(run / _WINOGRAD_OUTPUTS))
+    transforms = line.pixels * (line.inputs + line.outputs) * rates["transform_s"]
+    return direct / 2 / filled + transforms
+
+
+def _can_winograd(x: Tensor, weight: Tensor, pair: FactorPair) -> bool:
+    fits = x.dtype == torch.float32 and taps_of(weight) == 3 and pair.stride == 1
+    return fits and winograd_allowed()

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from pyeff import _C
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
-from pyeff.ops._factorized_choice import Form
+from pyeff.ops._dispatch import choose
+from pyeff.ops._factorized_choice import OP, Form, line_winograd
 from pyeff.ops._factorized_pair import ACTIVATIONS, FactorPair, is_vertical_first, taps_of
-from pyeff.ops._factorized_torch import activate, activation_backward
+from pyeff.ops._factorized_torch import activate, activation_backward, convolve_backward
 from pyeff.ops._packed import packed_line
 
-Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None]  # scale, shift, residual
-_NOTHING: Epilogue = (None, None, None)
+# Bias apart, what may follow a line: scale, shift, residual.
+_NOTHING = (None, None, None)
 
 
 class CppCall(NamedTuple):
@@ -46,10 +47,11 @@ def cpp_call(x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair, for
 def forward(
     call: CppCall,
     x: Tensor,
-    first: tuple[Tensor, Tensor | None],
-    second: tuple[Tensor, Tensor | None],
-    epilogue: Epilogue,
-    *,
+    w_first: Tensor,
+    b_first: Tensor | None,
+    w_second: Tensor,
+    b_second: Tensor | None,
+    *epilogue: Tensor | None,
     recording: bool = False,
 ) -> Tensor:
     """y [N, F, H', W'], channels_last.
@@ -57,14 +59,15 @@ def forward(
     Args:
         call: See :func:`cpp_call`.
         x: [N, C, H, W].
-        first: Weight and bias of the first convolution.
-        second: Of the second.
+        w_first: First weight.
+        b_first: First bias.
+        w_second: Second weight.
+        b_second: Second bias.
         epilogue: Scale, shift and residual.
         recording: A gradient of the weights will follow: they are about to change.
     """
     y = empty_channels_last(x, *call.result)
     x = as_channels_last(x)
-    (w_first, b_first), (w_second, b_second) = first, second
     packed_first = packed_second = None
     if not recording:
         packed_first = packed_line(w_first, call.winograd)
@@ -94,7 +97,6 @@ def backward(
     w_second: Tensor,
     pair: FactorPair,
     wanted: tuple[bool, ...],
-    winograd: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
 
@@ -105,7 +107,6 @@ def backward(
         w_second: Of the second.
         pair: The rest; ``outer`` plays no part.
         wanted: One for each gradient.
-        winograd: Whether lines may be computed so.
     """
     (w_first, b_first), vertical = first, is_vertical_first(first[0])
     grad, x = as_channels_last(grad), as_channels_last(x)
@@ -113,16 +114,16 @@ def backward(
     grad_b_second = _sum_over_pixels(grad) if wanted[4] else None
     if not through and not wanted[3]:
         return None, None, None, None, grad_b_second
-    before, after = _middle_map(x, w_first, b_first, pair, winograd)
+    before, after = _middle_map(x, w_first, b_first, pair)
     grad_w_second = _grad_weight(grad, after, w_second, pair, not vertical) if wanted[3] else None
     if not through:
         return None, None, None, grad_w_second, grad_b_second
     del after
-    grad_middle = _grad_input(grad, w_second, before.shape, pair, not vertical, winograd)
+    grad_middle = _grad_input(grad, w_second, before.shape, pair, not vertical)
     grad_middle = as_channels_last(activation_backward(grad_middle, before, pair.inner))
     del before
     return (
-        _grad_input(grad_middle, w_first, x.shape, pair, vertical, winograd) if wanted[0] else None,
+        _grad_input(grad_middle, w_first, x.shape, pair, vertical) if wanted[0] else None,
         _grad_weight(grad_middle, x, w_first, pair, vertical) if wanted[1] else None,
         _sum_over_pixels(grad_middle) if wanted[2] else None,
         grad_w_second,
@@ -131,13 +132,14 @@ def backward(
 
 
 def _middle_map(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pair: FactorPair, winograd: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: FactorPair
 ) -> tuple[Tensor, Tensor]:
     """Before and after the inner activation; one tensor where its derivative follows from that."""
     from_result = pair.inner in (None, "relu", "relu6")
     size = pair.middle_size(x.shape, taps_of(weight), is_vertical_first(weight))
     before = empty_channels_last(x, x.shape[0], weight.shape[0], *size)
     line = pair._replace(inner=None, outer=pair.inner if from_result else None)
+    winograd = line_winograd(before, weight, pair)
     _C.factorized_conv2d_line_forward(
         x, weight, None, _contiguous(bias), *_NOTHING, before, _problem(line, winograd)
     )
@@ -150,7 +152,6 @@ def _grad_input(
     shape: tuple[int, ...],
     pair: FactorPair,
     vertical: bool,
-    winograd: bool,
 ) -> Tensor:
     """Gradient of a line's input of that shape."""
     result = empty_channels_last(grad, *shape)
@@ -158,9 +159,8 @@ def _grad_input(
     if pair.stride == 1 and padding >= 0:  # a line with the taps in reverse
         turned = weight.transpose(0, 1).flip(2, 3)
         line = FactorPair(1, padding, pair.dilation, None, None)
-        _C.factorized_conv2d_line_forward(
-            grad, turned, None, None, *_NOTHING, result, _problem(line, winograd)
-        )
+        problem = _problem(line, line_winograd(result, turned, line))
+        _C.factorized_conv2d_line_forward(grad, turned, None, None, *_NOTHING, result, problem)
         return result
     problem = _nested_problem(weight, pair, vertical)
     _C.nested_conv2d_grad_input(grad, weight, result, None, None, problem)
@@ -170,6 +170,8 @@ def _grad_input(
 def _grad_weight(
     grad: Tensor, x: Tensor, weight: Tensor, pair: FactorPair, vertical: bool
 ) -> Tensor:
+    if choose(OP, x, direction="grad_weight") != "cpp":
+        return convolve_backward(grad, x, weight, vertical, pair, (False, True, False))[1]
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     problem = _nested_problem(weight, pair, vertical)
     _C.nested_conv2d_grad_weight(grad, x, result, None, None, problem)

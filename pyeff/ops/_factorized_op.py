@@ -11,7 +11,8 @@ from pyeff.ops import _factorized_backends as backends
 from pyeff.ops._conv_args import empty_channels_last
 from pyeff.ops._dispatch import forced_backend
 from pyeff.ops._eager import needs_composition
-from pyeff.ops._factorized_backends import Tensors
+from pyeff.ops._factorized_backends import Call, Tensors
+from pyeff.ops._factorized_cpp import forward as cpp_forward
 from pyeff.ops._factorized_pair import FactorPair, taps_of
 from pyeff.ops._factorized_torch import activation_backward
 from pyeff.ops._register import register
@@ -20,8 +21,9 @@ from pyeff.ops._register import register
 _FROM_RESULT = ("relu", "relu6")
 
 
-def run(tensors: Tensors, pair: FactorPair, *, plain: bool) -> Tensor:
+def run(tensors: Tensors, call: Call, *, plain: bool) -> Tensor:
     """The operator on checked arguments; ``plain``: nothing but autograd has to see the call."""
+    pair = call.pair
     if not plain:
         if needs_composition():
             return backends.compose(tensors, pair)
@@ -32,6 +34,8 @@ def run(tensors: Tensors, pair: FactorPair, *, plain: bool) -> Tensor:
             return backends.by_reference(tensors, pair)
         y: Tensor = FactorizedConv2d.apply(*tensors, pair)
         return y
+    if call.cpp is not None:
+        return cpp_forward(call.cpp, *tensors)
     return backends.forward(tensors, pair)
 
 

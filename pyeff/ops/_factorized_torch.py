@@ -90,7 +90,7 @@ def backward(
     through = any(wanted[:3])
     grad, x = as_channels_last(grad), as_channels_last(x)
     before, after = middle_map(x, w_first, b_first, pair)
-    grad_middle, grad_w_second, grad_b_second = _convolve_backward(
+    grad_middle, grad_w_second, grad_b_second = convolve_backward(
         grad, after, w_second, not vertical, pair, (through, wanted[3], wanted[4])
     )
     if not through:
@@ -98,7 +98,7 @@ def backward(
     del after
     grad_middle = activation_backward(grad_middle, before, pair.inner)
     del before
-    firsts = _convolve_backward(
+    firsts = convolve_backward(
         grad_middle, x, w_first, vertical, pair, (wanted[0], wanted[1], wanted[2])
     )
     return *firsts, grad_w_second, grad_b_second
@@ -123,7 +123,7 @@ def _convolve(
     return F.conv2d(x, weight, bias, *pair.window(vertical))
 
 
-def _convolve_backward(
+def convolve_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -131,6 +131,7 @@ def _convolve_backward(
     pair: FactorPair,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias of one of the two convolutions."""
     stride, padding, dilation = pair.window(vertical)
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), 1, wanted

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from pyeff.ops._dispatch import winograd_allowed
 from pyeff.ops._eager import is_plain
-from pyeff.ops._factorized_backends import OP, Tensors
+from pyeff.ops._factorized_backends import OP, Call, Tensors, planned
 from pyeff.ops._factorized_op import run
 from pyeff.ops._factorized_pair import ACTIVATIONS, FactorPair, taps_of
 from pyeff.ops._known_calls import KnownCalls
@@ -81,13 +82,14 @@ def factorized_conv2d(
         return pair
 
     if plain:
-        pair = _known.get(tensors, (stride, padding, dilation, inner, outer), checked)
+        options = (stride, padding, dilation, inner, outer, winograd_allowed())
+        call = _known.get(tensors, options, lambda: planned(tensors, checked()))
     else:
-        pair = checked()
-    return run(tensors, pair, plain=plain)
+        call = Call(checked(), None)
+    return run(tensors, call, plain=plain)
 
 
-_known: KnownCalls[FactorPair] = KnownCalls()
+_known: KnownCalls[Call] = KnownCalls()
 
 
 def _check_tensors(tensors: Tensors) -> None:
