@@ -189,3 +189,24 @@ def factorized_conv2d_line_forward(
     y: Tensor,
     problem: tuple[int, ...],
 ) -> None: ...
+
+# Gradient of a line's input: grad_x like x. Needs stride 1 and padding <= dilation * (n - 1). With
+# before, like x, it is multiplied by the derivative of the activation inner there; of relu and relu6
+# their results serve as well.
+def factorized_conv2d_line_grad_input(
+    grad_y: Tensor,
+    weight: Tensor,
+    before: Tensor | None,
+    grad_x: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# Gradients of a line's weight, any strides, and bias [O], contiguous; any stride of the line.
+# inner, outer and winograd are not used.
+def factorized_conv2d_line_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...

@@ -32,6 +32,10 @@ struct Problem {
     const auto v = read_integers<7>(op, integers);
     if (v[0] < 1 || v[2] < 1) fail(op, "stride and dilation must be at least 1");
     if (v[1] < 0) fail(op, "padding must be at least 0");
+    constexpr std::int64_t kLargest = std::int64_t{1} << 31;  // positions must not overflow
+    if (v[0] >= kLargest || v[1] >= kLargest || v[2] >= kLargest) {
+      fail(op, "stride, padding and dilation must be below 2^31");
+    }
     if (v[6] < 1) fail(op, "threads must be at least 1");
     outer = read_activation(op, v[4]);
     conv = {v[0], v[1], v[2], read_activation(op, v[3]), v[5] != 0, static_cast<int>(v[6])};
@@ -93,7 +97,7 @@ struct LineArgs {
   }
 
   Line line(bool vertical) const {
-    return {*weight, view_or_null(packed), view_or_null(bias), vertical};
+    return {*weight, view_or_null(packed), view_or_null(bias), vertical, false};
   }
   bool vertical() const { return weight->shape[3] == 1; }
   bool horizontal() const { return weight->shape[2] == 1; }
@@ -143,6 +147,14 @@ void check_maps(const char* op, const TensorView& x, const TensorView& y, const 
   if (x.shape[1] != weight.shape[1]) fail(op, "x must have the input channels of the weight");
   if (y.shape[0] != x.shape[0] || y.shape[1] != features) {
     fail(op, "y must have the batch size of x and the output channels of the weight");
+  }
+}
+
+// A line changes the size along itself only.
+void check_across(const char* op, const Line& line, const TensorView& x, const TensorView& y) {
+  const int across = line.vertical ? 3 : 2;
+  if (x.shape[across] != y.shape[across]) {
+    fail(op, std::string(y.name) + " must have the size of " + x.name + " across the line");
   }
 }
 
@@ -201,12 +213,48 @@ void line_forward(py::handle x_, py::handle weight, py::handle packed, py::handl
   check_maps(op, x, y, args.weight, args.weight->shape[0]);
   const EpilogueArgs epilogue(op, scale, shift, residual, y);
   const Line line = args.line(args.vertical());
-  if (line.vertical ? y->shape[3] != x->shape[3] : y->shape[2] != x->shape[2]) {
-    fail(op, "y must have the size of x across the line");
-  }
+  check_across(op, line, x, y);
   const py::gil_scoped_release no_gil;
   cpu::factorized_conv2d_forward(x, line, nullptr, epilogue.epilogue(problem.outer), y,
                                  problem.conv);
+}
+
+void line_grad_input(py::handle grad_y_, py::handle weight, py::handle before_, py::handle grad_x_,
+                     const py::tuple& integers) {
+  constexpr const char* op = "factorized_conv2d_line_grad_input";
+  const Problem problem(op, integers);
+  const LineArgs args(op, weight, py::none(), py::none(), "first");
+  const TensorArg grad_y(grad_y_, "grad_y"), grad_x(grad_x_, "grad_x");
+  const auto before = optional_tensor(before_, "before");
+  args.check(op, problem);
+  check_maps(op, grad_x, grad_y, args.weight, args.weight->shape[0]);
+  const Line line = args.line(args.vertical());
+  check_across(op, line, grad_x, grad_y);
+  const FactorizedConv2d& conv = problem.conv;
+  if (conv.stride != 1 || conv.padding > conv.dilation * (args.taps() - 1)) {
+    fail(op, "stride must be 1 and padding at most dilation * (n - 1)");
+  }
+  if (before) {
+    require_map(op, *before, grad_x);
+    const auto& shape = grad_x->shape;
+    require_shape(op, *before, {shape[0], shape[1], shape[2], shape[3]});
+  }
+  const py::gil_scoped_release no_gil;
+  cpu::factorized_conv2d_grad_input(grad_y, line, view_or_null(before), grad_x, conv);
+}
+
+void line_grad_weight(py::handle grad_y_, py::handle x_, py::handle grad_weight,
+                      py::handle grad_bias, const py::tuple& integers) {
+  constexpr const char* op = "factorized_conv2d_line_grad_weight";
+  const Problem problem(op, integers);
+  const LineArgs args(op, grad_weight, py::none(), grad_bias, "first");
+  const TensorArg grad_y(grad_y_, "grad_y"), x(x_, "x");
+  check_maps(op, x, grad_y, args.weight, args.weight->shape[0]);
+  if (args.bias) require_like(op, *args.bias, args.weight);
+  const Line line = args.line(args.vertical());
+  check_across(op, line, x, grad_y);
+  const py::gil_scoped_release no_gil;
+  cpu::factorized_conv2d_grad_weight(grad_y, x, line, line.bias, problem.conv);
 }
 
 }  // namespace
@@ -223,6 +271,12 @@ void bind_factorized_conv2d(py::module_& m) {
   m.def("factorized_conv2d_line_forward", &line_forward, py::arg("x"), py::arg("weight"),
         py::arg("packed"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("residual"),
         py::arg("y"), py::arg("problem"), "Writes y: one 1-D convolution with its epilogue.");
+  m.def("factorized_conv2d_line_grad_input", &line_grad_input, py::arg("grad_y"), py::arg("weight"),
+        py::arg("before"), py::arg("grad_x"), py::arg("problem"),
+        "Writes the gradient of a line's input.");
+  m.def("factorized_conv2d_line_grad_weight", &line_grad_weight, py::arg("grad_y"), py::arg("x"),
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("problem"),
+        "Writes the gradients of a line's weight and bias.");
 }
 
 }  // namespace pyeff::bindings

@@ -78,5 +78,26 @@ inline Vec<A> activated(Vec<A> v, Activation activation) {
   return v;
 }
 
+// The derivative at v; of relu and relu6 also where v is their result.
+template <typename A>
+inline Vec<A> derivative(Vec<A> v, Activation activation) {
+  const Vec<A> zero{}, one = zero + A(1);
+  switch (activation) {
+    case Activation::kRelu:
+      return v <= A(0) ? zero : one;
+    case Activation::kRelu6:
+      return v <= A(0) ? zero : v >= A(6) ? zero : one;
+    case Activation::kSilu: {
+      const Vec<A> share = one / (exp_of(-v) + A(1));
+      return share * (v * (one - share) + A(1));
+    }
+    case Activation::kHardswish:
+      return v <= A(-3) ? zero : v >= A(3) ? one : v / A(3) + A(0.5);
+    case Activation::kNone:
+      return one;
+  }
+  return one;
+}
+
 }  // namespace
 }  // namespace pyeff::cpu::PYEFF_ISA

@@ -1,4 +1,4 @@
-// factorized_conv2d: packing and forward pass.
+// factorized_conv2d: packing, forward pass and gradient of a line's input.
 //   middle[n, l, h, w] = inner(b_first[l] + sum_{c, u} x[n, c, h s + u d - p, w] W[l, c, u])
 //   z[n, f, h, w] = b_second[f] + sum_{l, v} middle[n, l, h, w s + v d - p] W[f, l, v]
 //   y = outer(scale z + shift + residual)
@@ -13,6 +13,11 @@
 #include "cpu/nested_conv2d_types.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
+
+void factorized_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
+                                   const Line& grad_line, const TensorView* grad_bias,
+                                   const FactorizedConv2d& conv);
+
 namespace {
 
 template <typename A>
@@ -33,7 +38,7 @@ class CallMemory {
     Index weights = 0, vectors = 0;
     for (const Line* line : {&first, second}) {
       if (line == nullptr) continue;
-      const LineLayout layout = line_layout(line->weight, winograd);
+      const LineLayout layout = line_layout(*line, winograd);
       if (line->packed == nullptr) weights += layout.elements();
       vectors += 3 * layout.lanes();
     }
@@ -44,12 +49,12 @@ class CallMemory {
   // `epilogue` may be null: then only the bias and the activation follow.
   LineKernel<A> kernel(const Line& line, Activation activation, const Epilogue* epilogue) {
     LineKernel<A> kernel{};
-    kernel.layout = line_layout(line.weight, winograd_);
+    kernel.layout = line_layout(line, winograd_);
     kernel.activation = activation;
     if (line.packed != nullptr) {
       kernel.weights = line.packed->as<const A>();
     } else {
-      pack_weight(line_weight_of<T>(line.weight), kernel.layout, weights_);
+      pack_weight(line_weight_of<T>(line), kernel.layout, weights_);
       kernel.weights = weights_;
       weights_ += kernel.layout.elements();
     }
@@ -106,20 +111,26 @@ PairCall<T> make_call(const TensorView& x, const Line& first, const Line* second
   return call;
 }
 
-template <typename T>
-void forward(const TensorView& x, const Line& first, const Line* second, const Epilogue& epilogue,
-             const TensorView& y, const FactorizedConv2d& conv) {
+// Runs the call; prepare(call) may add to it.
+template <typename F>
+void run(const TensorView& x, const Line& first, const Line* second, const Epilogue& epilogue,
+         const TensorView& y, const FactorizedConv2d& conv, const F& prepare) {
+  for_dtype(x.dtype, [&](auto type) {
+    using T = decltype(type);
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto call = make_call<std::uint16_t, T>(x, first, second, epilogue, y, conv);
-    return run_direct<DotLineConv>(call, conv.threads);
-  }
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      auto call = make_call<std::uint16_t, T>(x, first, second, epilogue, y, conv);
+      prepare(call);
+      return run_direct<DotLineConv>(call, conv.threads);
+    }
 #endif
-  const auto call = make_call<T, T>(x, first, second, epilogue, y, conv);
-  if constexpr (std::is_same_v<T, float>) {
-    if (conv.winograd) return run_winograd(call, conv.threads);
-  }
-  run_direct<LineConv<Accumulator<T>>>(call, conv.threads);
+    auto call = make_call<T, T>(x, first, second, epilogue, y, conv);
+    prepare(call);
+    if constexpr (std::is_same_v<T, float>) {
+      if (conv.winograd) return run_winograd(call, conv.threads);
+    }
+    run_direct<LineConv<Accumulator<T>>>(call, conv.threads);
+  });
 }
 
 void factorized_conv2d_pack(const TensorView& weight, bool winograd, const TensorView& packed) {
@@ -133,13 +144,29 @@ void factorized_conv2d_pack(const TensorView& weight, bool winograd, const Tenso
 void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line* second,
                                const Epilogue& epilogue, const TensorView& y,
                                const FactorizedConv2d& conv) {
-  for_dtype(x.dtype,
-            [&](auto type) { forward<decltype(type)>(x, first, second, epilogue, y, conv); });
+  run(x, first, second, epilogue, y, conv, [](auto&) {});
+}
+
+void factorized_conv2d_grad_input(const TensorView& grad_y, const Line& line,
+                                  const TensorView* before, const TensorView& grad_x,
+                                  const FactorizedConv2d& conv) {
+  Line turned = line;
+  turned.transposed = true;
+  FactorizedConv2d turned_conv = conv;
+  const Index taps = line.weight.shape[2] * line.weight.shape[3];
+  turned_conv.padding = conv.dilation * (taps - 1) - conv.padding;
+  const Epilogue nothing{nullptr, nullptr, nullptr, Activation::kNone};
+  run(grad_y, turned, nullptr, nothing, grad_x, turned_conv, [&](auto& call) {
+    if (before == nullptr) return;
+    call.gate = image_of<std::remove_pointer_t<decltype(call.gate.data)>>(*before);
+    call.gate_activation = conv.inner;
+  });
 }
 
 }  // namespace
 
-extern const FactorizedConv2dKernels factorized_conv2d_kernels{&factorized_conv2d_pack,
-                                                               &factorized_conv2d_forward};
+extern const FactorizedConv2dKernels factorized_conv2d_kernels{
+    &factorized_conv2d_pack, &factorized_conv2d_forward, &factorized_conv2d_grad_input,
+    &factorized_conv2d_grad_weight};
 
 }  // namespace pyeff::cpu::PYEFF_ISA

@@ -8,6 +8,14 @@
 namespace pyeff::cpu::PYEFF_ISA {
 namespace {
 
+// Rows of bfloat16 bits are those of the dot products.
+inline float widen(std::uint16_t bits) { return widen(BFloat16{bits}); }
+inline void narrow(float v, std::uint16_t& out) {
+  BFloat16 rounded;
+  narrow(v, rounded);
+  out = rounded.bits;
+}
+
 struct FactorizedScratch {
   Scratch source, middle, out, residual, taps, row_taps, transformed;
   Scratch weights, vectors;  // of the calling thread, read by all
@@ -28,6 +36,9 @@ struct PairCall {
   bool paired;          // whether there is a second line
   bool vertical_first;  // or, of a single line, whether it is vertical
   Index stride, padding, dilation;
+  // Where gate.data is not null, the result is multiplied by the activation's derivative there.
+  Image<const T> gate;
+  Activation gate_activation;
 
   Index taps() const { return first.layout.taps; }
   const LineKernel<A>& last() const { return paired ? second : first; }
@@ -83,6 +94,7 @@ class PairRows {
   }
 
   void close(Index n, Index h, const RowOut<R>& out) {
+    if (call_.gate.data != nullptr) apply_gate(n, h, out);
     if (direct_) return;
     T* to = row_of_y(n, h);
     for (Index c = 0; c < call_.y.cols; ++c) {
@@ -97,6 +109,33 @@ class PairRows {
   }
 
  private:
+  void apply_gate(Index n, Index h, const RowOut<R>& out) {
+    using A = Accumulator<R>;
+    const Image<const T>& gate = call_.gate;
+    const Index channels = call_.y.channels;
+    for (Index c = 0; c < call_.y.cols; ++c) {
+      const T* at = gate.data + n * gate.n_stride + h * gate.row_stride + c * gate.col_stride;
+      R* to = out.data + c * out.pixel;
+      Index l = 0;
+      if constexpr (std::is_same_v<T, A>) {
+        for (; l + kLanes<A> <= channels; l += kLanes<A>) {
+          store(to + l, load(to + l) * derivative<A>(load(at + l), call_.gate_activation));
+        }
+      }
+      for (; l < channels; l += kLanes<A>)
+        gate_some(at + l, smaller(kLanes<A>, channels - l), to + l);
+    }
+  }
+
+  // Of a type that has no vectors here, or fewer than a vector of channels.
+  void gate_some(const T* at, Index count, R* to) {
+    using A = Accumulator<R>;
+    alignas(kVecBytes) A factor[kLanes<A>] = {};
+    for (Index i = 0; i < count; ++i) factor[i] = widen(at[i]);
+    store(factor, derivative<A>(load(factor), call_.gate_activation));
+    for (Index i = 0; i < count; ++i) narrow(widen(to[i]) * factor[i], to[i]);
+  }
+
   T* row_of_y(Index n, Index h) const {
     return call_.y.data + n * call_.y.n_stride + h * call_.y.row_stride;
   }

@@ -8,6 +8,8 @@ namespace pyeff::cpu {
 struct FactorizedConv2dKernels {
   decltype(&factorized_conv2d_pack) pack;
   decltype(&factorized_conv2d_forward) forward;
+  decltype(&factorized_conv2d_grad_input) grad_input;
+  decltype(&factorized_conv2d_grad_weight) grad_weight;
 };
 
 namespace generic {

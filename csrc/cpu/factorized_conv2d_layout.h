@@ -7,6 +7,7 @@
 // are zero. Functions are static: objects of different instruction sets must not share code.
 
 #include "cpu/packed_layout.h"
+#include "pyeff/factorized_conv2d.h"
 
 namespace pyeff::cpu {
 
@@ -40,6 +41,14 @@ static inline LineLayout line_layout(const TensorView& weight, bool winograd) {
   const std::int64_t taps = weight.shape[2] * weight.shape[3];
   return {weight.shape[1], weight.shape[0], taps, winograd ? kWinogradPoints : taps,
           weight.dtype == Dtype::kBFloat16};
+}
+static inline LineLayout line_layout(const Line& line, bool winograd) {
+  LineLayout layout = line_layout(line.weight, winograd);
+  if (line.transposed) {
+    layout.in = line.weight.shape[0];
+    layout.out = line.weight.shape[1];
+  }
+  return layout;
 }
 
 }  // namespace pyeff::cpu

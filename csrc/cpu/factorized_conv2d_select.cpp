@@ -1,5 +1,5 @@
-// Chooses the object file of the instruction set in use. Compiled once; factorized_conv2d.cpp is
-// compiled once per instruction set.
+// Chooses the object file of the instruction set in use. Compiled once; factorized_conv2d.cpp and
+// factorized_conv2d_grad_weight.cpp are compiled once per instruction set.
 
 #include "cpu/factorized_conv2d_kernels.h"
 #include "cpu/factorized_conv2d_layout.h"
@@ -49,6 +49,18 @@ void factorized_conv2d_forward(const TensorView& x, const Line& first, const Lin
                                const Epilogue& epilogue, const TensorView& y,
                                const FactorizedConv2d& conv) {
   kernels().forward(x, first, second, epilogue, y, conv);
+}
+
+void factorized_conv2d_grad_input(const TensorView& grad_y, const Line& line,
+                                  const TensorView* before, const TensorView& grad_x,
+                                  const FactorizedConv2d& conv) {
+  kernels().grad_input(grad_y, line, before, grad_x, conv);
+}
+
+void factorized_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
+                                   const Line& grad_line, const TensorView* grad_bias,
+                                   const FactorizedConv2d& conv) {
+  kernels().grad_weight(grad_y, x, grad_line, grad_bias, conv);
 }
 
 }  // namespace pyeff::cpu

@@ -21,6 +21,14 @@ LineWeight<T> line_weight_of(const TensorView& t) {
   return {t.as<const T>(), t.stride[0], t.stride[1], t.stride[along]};
 }
 
+template <typename T>
+LineWeight<T> line_weight_of(const Line& line) {
+  const LineWeight<T> w = line_weight_of<T>(line.weight);
+  if (!line.transposed) return w;
+  const Index taps = line.weight.shape[2] * line.weight.shape[3];
+  return {w.data + (taps - 1) * w.tap_stride, w.in_stride, w.out_stride, -w.tap_stride};
+}
+
 // Winograd's transform of three taps: F(4, 3) with the points 0, 1, -1, 2, -2 and infinity.
 inline void transform_taps(const double (&tap)[kWinogradTaps], double (&point)[kWinogradPoints]) {
   const double even = tap[0] + tap[2], far = tap[0] + 4 * tap[2];

@@ -21,6 +21,7 @@ struct Line {
   const TensorView* packed;
   const TensorView* bias;
   bool vertical;
+  bool transposed = false;  // channels changed places and taps in reverse: for gradients
 };
 
 // What follows the last convolution. Each pointer may be null.
@@ -54,6 +55,19 @@ void factorized_conv2d_pack(const TensorView& weight, bool winograd, const Tenso
 void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line* second,
                                const Epilogue& epilogue, const TensorView& y,
                                const FactorizedConv2d& conv);
+
+// Gradient of a line's input, for stride 1 and a padding of at most dilation * (n - 1); every
+// element is written. Unless `before` is null, it is multiplied by the derivative of `conv.inner`
+// there: the input was inner(before), or for relu and relu6 also `before` itself.
+void factorized_conv2d_grad_input(const TensorView& grad_y, const Line& line,
+                                  const TensorView* before, const TensorView& grad_x,
+                                  const FactorizedConv2d& conv);
+
+// Gradients of a line's weight, with any strides, and, unless null, of its bias [O]; any stride.
+// Every element is written.
+void factorized_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
+                                   const Line& grad_line, const TensorView* grad_bias,
+                                   const FactorizedConv2d& conv);
 
 }  // namespace cpu
 }  // namespace pyeff
