@@ -35,6 +35,7 @@ from pyeff.triton_kernels.tiles import (
     choose_pair,
     fit_depth,
     product_precision,
+    widest_pair,
 )
 from torch import Tensor
 from triton import next_power_of_2
@@ -63,11 +64,11 @@ class Window(NamedTuple):
     dilation: int
 
 
-def can_fuse(w_first: Tensor, w_second: Tensor, window: Sequence[int], dtype: torch.dtype) -> bool:
+def can_fuse(w_first: Tensor, w_second: Tensor, window: Sequence[int]) -> bool:
     """Whether the fused kernel takes these weights ``[L, C, n, 1]`` and ``[F, L, 1, n]``."""
     taps = w_first.shape[2] * w_first.shape[3]
     widest = max(w_first.shape[0], w_second.shape[0])
-    return taps == 3 and window[0] == 1 and widest <= (128 if dtype.itemsize == 2 else 64)
+    return taps == 3 and window[0] == 1 and widest <= widest_pair(w_first.dtype, w_first.device)
 
 
 def forward(
@@ -112,7 +113,7 @@ def forward(
     for name, activation in (("inner", inner), ("outer", epilogue.activation)):
         if activation not in ACTIVATIONS:
             raise ValueError(f"{_OP}: {name} must be one of {ACTIVATIONS}, got {activation!r}")
-    if fused and not can_fuse(w_first, w_second, window, x.dtype):
+    if fused and not can_fuse(w_first, w_second, window):
         raise ValueError(
             f"{_OP}: fused must be False for weights {list(w_first.shape)} and "
             f"{list(w_second.shape)} of {x.dtype} with stride {window[0]}, got True"

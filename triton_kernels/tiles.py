@@ -96,7 +96,7 @@ _PAIR = {
         Tile(64, 128, 64, 8, 3),
     ),
     "tf32": (Tile(64, 64, 32, 8, 3),),
-    "ieee": (Tile(32, 64, 16, 8, 2),),
+    "ieee": (Tile(16, 64, 16, 8, 2),),
 }
 _TASKS = {
     "gemm": _GEMM,
@@ -109,11 +109,16 @@ _TASKS = {
 TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     (task, architecture): rows for task, rows in _TASKS.items() for architecture in (80, 90, 100)
 }
-# There mma.sync takes both factors, transposed, from registers: 128 rows spill.
+# There mma.sync takes its factors from registers: larger blocks spill.
 TILES["grad_weight", 80] = {**_GRAD_WEIGHT, "tf32": _GRAD_WEIGHT["tf32"][1:]}
 # One row for all: the depth-wise kernels are bound by memory. Eight elements a thread, one load of
 # 16 bytes for halves: with sixteen, ptxas spills where channels must be read one by one. 32 columns
 # and not 64: four times eight rows of a warp share the weights that they load.
+TILES["pair", 80] = {
+    "half": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 8, 3)),
+    "tf32": (Tile(32, 64, 32, 8, 3),),
+    "ieee": _PAIR["ieee"],
+}
 DEPTHWISE = Tile(32, 32, 1, 4, 2)
 # Triton's interpreter pays per operation, not per element: one or two large programs.
 INTERPRETER = Tile(512, 64, 64, 1, 1)
@@ -217,6 +222,13 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
         if fills and shared_bytes(tile, kind, task) <= limits.shared:
             return tile
     return candidates[-1]
+
+
+def widest_pair(dtype: torch.dtype, device: torch.device) -> int:
+    """The most channels that both convolutions of a fused pair may have."""
+    architecture = device_limits(device).architecture or 90  # the interpreter's limits are free
+    rows = TILES["pair", architecture]["half" if dtype.itemsize == 2 else "ieee"]
+    return max(tile.cols for tile in rows)
 
 
 def choose_pair(

@@ -52,7 +52,7 @@ def forward_form(
     if backend == "triton":
         from pyeff.triton_kernels.factorized_conv2d import can_fuse
 
-        return Form("fused" if can_fuse(w_first, w_second, pair[:3], x.dtype) else "two", False)
+        return Form("fused" if can_fuse(w_first, w_second, pair[:3]) else "two", False)
     return min(
         estimates(x, w_first, w_second, pair, forced=forced_backend() is not None).items(),
         key=lambda item: item[1],
