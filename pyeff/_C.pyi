@@ -190,9 +190,9 @@ def factorized_conv2d_line_forward(
     problem: tuple[int, ...],
 ) -> None: ...
 
-# Gradient of a line's input: grad_x like x. Needs stride 1 and padding <= dilation * (n - 1). With
-# before, like x, it is multiplied by the derivative of the activation inner there; of relu and relu6
-# their results serve as well.
+# Gradient of a line's input: grad_x like x. Needs stride 1, padding <= dilation * (n - 1). With
+# before, like x, it is multiplied by the derivative of the activation inner there; of relu and
+# relu6 their results serve as well.
 def factorized_conv2d_line_grad_input(
     grad_y: Tensor,
     weight: Tensor,

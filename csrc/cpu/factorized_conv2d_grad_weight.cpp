@@ -78,7 +78,8 @@ class LineGradWeight {
       pieces_ = scratch.row_taps.get<Piece<A>>(line.piece_);
       taps_ = scratch.taps.get<Tap<A>>(line.piece_);
       if (!line.x_in_place_) {  // a row of x for every piece, as wide as its pixels reach
-        x_copy_ = scratch.source.get<A>(line.piece_ * line.conv_.stride * shape.in);
+        const Index reach = smaller(x_step(), line.x_.cols);
+        x_copy_ = scratch.source.get<A>(line.piece_ * reach * shape.in);
       }
       if (!line.grad_y_in_place_) grad_copy_ = scratch.middle.get<A>(line.piece_ * shape.lanes());
     }

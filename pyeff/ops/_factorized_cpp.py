@@ -111,23 +111,20 @@ def backward(
     (w_first, b_first), vertical = first, is_vertical_first(first[0])
     grad, x = as_channels_last(grad), as_channels_last(x)
     through = any(wanted[:3])
-    grad_b_second = _sum_over_pixels(grad) if wanted[4] else None
     if not through and not wanted[3]:
-        return None, None, None, None, grad_b_second
+        return None, None, None, None, _sum_over_pixels(grad) if wanted[4] else None
     before, after = _middle_map(x, w_first, b_first, pair)
-    grad_w_second = _grad_weight(grad, after, w_second, pair, not vertical) if wanted[3] else None
+    seconds = _grad_weight(grad, after, w_second, pair, not vertical, wanted[3:])
     if not through:
-        return None, None, None, grad_w_second, grad_b_second
+        return None, None, None, *seconds
     del after
-    grad_middle = _grad_input(grad, w_second, before.shape, pair, not vertical)
-    grad_middle = as_channels_last(activation_backward(grad_middle, before, pair.inner))
-    del before
+    bend = None if pair.inner is None else before
+    grad_middle = _grad_input(grad, w_second, before.shape, pair, not vertical, bend)
+    del before, bend
     return (
         _grad_input(grad_middle, w_first, x.shape, pair, vertical) if wanted[0] else None,
-        _grad_weight(grad_middle, x, w_first, pair, vertical) if wanted[1] else None,
-        _sum_over_pixels(grad_middle) if wanted[2] else None,
-        grad_w_second,
-        grad_b_second,
+        *_grad_weight(grad_middle, x, w_first, pair, vertical, wanted[1:3]),
+        *seconds,
     )
 
 
@@ -152,30 +149,46 @@ def _grad_input(
     shape: tuple[int, ...],
     pair: FactorPair,
     vertical: bool,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of a line's input of that shape."""
+    """Gradient of a line's input of that shape; through the inner activation at ``before``."""
     result = empty_channels_last(grad, *shape)
-    padding = pair.dilation * (taps_of(weight) - 1) - pair.padding
-    if pair.stride == 1 and padding >= 0:  # a line with the taps in reverse
-        turned = weight.transpose(0, 1).flip(2, 3)
-        line = FactorPair(1, padding, pair.dilation, None, None)
-        problem = _problem(line, line_winograd(result, turned, line))
-        _C.factorized_conv2d_line_forward(grad, turned, None, None, *_NOTHING, result, problem)
+    room = pair.dilation * (taps_of(weight) - 1) - pair.padding
+    if pair.stride == 1 and room >= 0 and taps_of(weight) > 1:
+        winograd = line_winograd(result, weight.transpose(0, 1), pair)
+        problem = _problem(pair._replace(outer=None), winograd)
+        _C.factorized_conv2d_line_grad_input(grad, weight, before, result, problem)
         return result
     problem = _nested_problem(weight, pair, vertical)
     _C.nested_conv2d_grad_input(grad, weight, result, None, None, problem)
-    return result
+    if before is None:
+        return result
+    return as_channels_last(activation_backward(result, before, pair.inner))
 
 
 def _grad_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, pair: FactorPair, vertical: bool
-) -> Tensor:
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pair: FactorPair,
+    vertical: bool,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a line's weight and bias, those that are wanted."""
+    if not wanted[0]:
+        return None, _sum_over_pixels(grad) if wanted[1] else None
     if choose(OP, x, direction="grad_weight") != "cpp":
-        return convolve_backward(grad, x, weight, vertical, pair, (False, True, False))[1]
+        found = convolve_backward(grad, x, weight, vertical, pair, (False, True, wanted[1]))
+        return found[1], found[2]
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    problem = _nested_problem(weight, pair, vertical)
-    _C.nested_conv2d_grad_weight(grad, x, result, None, None, problem)
-    return result
+    if taps_of(weight) == 1:  # it has no axis of its own
+        problem = _nested_problem(weight, pair, vertical)
+        _C.nested_conv2d_grad_weight(grad, x, result, None, None, problem)
+        return result, _sum_over_pixels(grad) if wanted[1] else None
+    bias = result.new_empty(weight.shape[0]) if wanted[1] else None
+    problem = _problem(pair._replace(outer=None), False)
+    _C.factorized_conv2d_line_grad_weight(grad, x, result, bias, problem)
+    return result, bias
 
 
 def _sum_over_pixels(grad: Tensor) -> Tensor:
