@@ -52,7 +52,7 @@ def read_cityscapes(data: Path | None, reading: Reading) -> SegmentationData:
 
     Args:
         data: the folder that holds ``leftImg8bit`` and ``gtFine``.
-        reading: at which size, and how many; all of them at 512 x 1024 take 6 GB of memory.
+        reading: at which size, and how many; all of them at 512 x 1024 take 7 GB of memory.
 
     Returns:
         The data, up to two splits.
