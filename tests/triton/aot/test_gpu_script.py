@@ -15,6 +15,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "ops")]
 gpu = importlib.import_module("gpu")
 bench = importlib.import_module("gpu_nested_conv2d")
 branch_bench = importlib.import_module("gpu_branch_conv2d")
+pair_bench = importlib.import_module("gpu_factorized_conv2d")
 
 pytestmark = pytest.mark.aot
 
@@ -99,7 +100,7 @@ def page_of(module, name):
     first, second = list(module.problems())[:2]
     row = {
         **first._asdict(),
-        "layer": module.LAYERS[0]._asdict() if name == "branch_conv2d" else None,
+        "layer": None if name == "nested_conv2d" else module.LAYERS[0]._asdict(),
         "times_ms": {"ours": TIMES, "ours, graph": TIMES},
         "ratio_to_strongest": 1.5,
         "ratio_graphs": 2.5,
@@ -111,7 +112,9 @@ def page_of(module, name):
     return page, line
 
 
-@pytest.mark.parametrize("module", [bench, branch_bench], ids=["nested", "branch"])
+@pytest.mark.parametrize(
+    "module", [bench, branch_bench, pair_bench], ids=["nested", "branch", "factorized"]
+)
 def test_the_page_has_one_line_a_row_and_says_what_is_not_measured(module):
     name = module.__name__.removeprefix("gpu_")
     page, line = page_of(module, name)
@@ -119,9 +122,12 @@ def test_the_page_has_one_line_a_row_and_says_what_is_not_measured(module):
     assert line.endswith("| 1.50 | 2.50 | 7 |")
     heading = next(text for text in page.splitlines() if "x strongest" in text)
     assert line.count("|") == heading.count("|")
-    assert line.startswith(
-        "| 256 |" if name == "nested_conv2d" else "| first, strided | 32 -> 64 |"
-    )
+    starts = {
+        "nested_conv2d": "| 256 |",
+        "branch_conv2d": "| first, strided | 32 -> 64 |",
+        "factorized_conv2d": "| 64 channels | 128 x 256 | 1 |",
+    }
+    assert line.startswith(starts[name])
     assert "1 rows were not measured" in page
 
 
@@ -134,10 +140,14 @@ SMALL += [
     )
     for training in (False, True)
 ]
+SMALL += [
+    pair_bench.Problem(pair_bench.Layer("pair", 6, 5, 7, 2), 2, "tf32", training)
+    for training in (False, True)
+]
 
 
 def module_of(problem):
-    return bench if isinstance(problem, bench.Problem) else branch_bench
+    return next(m for m in (bench, branch_bench, pair_bench) if isinstance(problem, m.Problem))
 
 
 def described(problem):
@@ -151,7 +161,8 @@ def test_every_candidate_computes_the_same(problem):
     inputs = module.make_inputs(problem, "cpu")
     expected = module.expected_results(problem, inputs)
     candidates = module.eager_candidates(problem, inputs)
-    assert len(expected) == (4 if problem.training else 1)
+    gradients = 5 if module is pair_bench else 3
+    assert len(expected) == (1 + gradients if problem.training else 1)
     for name, call in candidates.items():
         module.verify(problem, name, call(), expected)
 
@@ -183,9 +194,16 @@ def test_problems_are_those_of_the_plan():
     one = branch_bench.Problem(branch_bench.LAYERS[0], 20, 2, "fp16", False)
     assert one.flop == 2 * (2 * 4 * 8 * 8) * 32 * 64 * 9
     assert one._replace(training=True).flop == 3 * one.flop
+    every = list(pair_bench.problems())
+    assert len(set(every)) == len(every) == 2 * 3 * 2 * len(pair_bench.LAYERS)
+    assert sum(map(pair_bench.with_compile, every)) == 4
+    one = pair_bench.Problem(pair_bench.LAYERS[0], 2, "fp16", False)
+    assert one.flop == 2 * 2 * (2 * 128 * 256) * 64 * 64 * 3
+    assert one._replace(training=True).flop == 3.5 * one.flop
 
 
 def test_every_operator_has_a_script_a_table_and_a_time():
+    assert len(gpu.PARTS) == len(gpu.CANDIDATES)
     for name in gpu.CANDIDATES:
         assert (BENCHMARKS / "ops" / f"gpu_{name}.py").exists()
         assert gpu.LIMITS[name] > 60

@@ -8,15 +8,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import SHARED_LIMIT, compile_launch, recorded_launches
 from pyeff.triton_kernels import factorized_conv2d as launchers
-from pyeff.triton_kernels.tiles import TILES, choose_pair
+from pyeff.triton_kernels.tiles import TILES
 
 pytestmark = pytest.mark.aot
 
 NEWEST = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 N, HEIGHT, WIDTH = 2, 64, 128
 DTYPES = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-# What a thread uses of sm_90's registers, a little above what ptxas made of it.
-REGISTERS = {"pair": 255, "forward": 140, "grad_input": 144}
 
 
 def on_meta(*shape, dtype):
@@ -100,3 +98,33 @@ def test_fused_pair(architecture, kind, tile, forward):
     check_fits(binary, architecture)
     check_matrix_instructions(binary, architecture, kind, tile.rows)
     assert binary.count(r"cp\.async\.c[ag]") > 0, "the loads are not pipelined"
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("kind", "vertical"), [("half", True), ("tf32", False)])
+def test_two_kernels(architecture, kind, vertical, forward):
+    tile = TILES["gemm", architecture][kind][1]
+    first, second = forward(architecture, 128, kind, tile, fused=False, vertical=vertical)
+    for binary in (first, second):
+        assert "line_forward" in binary.name
+        check_fits(binary, architecture)
+        check_matrix_instructions(binary, architecture, kind, tile.rows)
+        assert binary.count(r"cp\.async\.c[ag]") > 0, "the loads are not pipelined"
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "inner"), [(torch.float16, "relu"), (torch.bfloat16, "silu")])
+def test_backward(architecture, dtype, inner, compiled):
+    x, grad = (maps(N, 128, HEIGHT, WIDTH, dtype=dtype) for _ in range(2))
+    w_first, w_second = (maps(128, 128, *taps, dtype=dtype) for taps in ((3, 1), (1, 3)))
+    vector = on_meta(128, dtype=dtype)
+    arguments = (grad, x, w_first, vector, w_second, (1, 2, 2), inner, (True,) * 5)
+    binaries = compiled(architecture, launchers.backward, *arguments)
+    names = [binary.name for binary in binaries]
+    assert sum("line_forward" in name for name in names) == 1  # the middle map, again
+    assert sum("line_grad_input" in name for name in names) == 2
+    assert sum("grad_weight" in name for name in names) == 2
+    for binary in binaries:
+        check_fits(binary, architecture)
+        if "line" in binary.name:
+            assert set(binary.tensor_core_instructions) == {NEWEST[architecture]}

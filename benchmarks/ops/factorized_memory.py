@@ -1,0 +1,81 @@
+"""Peak memory of a training step of factorised pairs, against the composition of convolutions.
+
+    python benchmarks/ops/factorized_memory.py
+
+A chain of ERFNet's pairs (64 channels, 128 x 256 pixels, relu between and after), forward and
+backward on the CPU. Each way runs in a process of its own; what is reported is by how much the
+step raised the process's largest resident size, in maps (one map of the chain's size is 1).
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyeff
+
+CHANNELS, HEIGHT, WIDTH = 64, 128, 256
+MAP_BYTES = CHANNELS * HEIGHT * WIDTH * 4
+WAYS = ("pyeff", "composition")
+
+
+def pair(way: str, x: Tensor, w_first: Tensor, w_second: Tensor, bias: Tensor) -> Tensor:
+    """One pair with relu between and after, in one of the ways."""
+    if way == "pyeff":
+        return pyeff.ops.factorized_conv2d(x, w_first, bias, w_second, bias, outer="relu")
+    middle = F.conv2d(x, w_first, bias, padding=(1, 0)).relu()
+    return F.conv2d(middle, w_second, bias, padding=(0, 1)).relu()
+
+
+def resident() -> int:
+    """The largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(way: str, pairs: int, height: int) -> None:
+    """Forward and backward through a chain on an image of that height."""
+    x = torch.randn(1, CHANNELS, height, WIDTH).contiguous(memory_format=torch.channels_last)
+    shape = (CHANNELS, CHANNELS)
+    weights = [torch.randn(*shape, *k, requires_grad=True) for k in ((3, 1), (1, 3))]
+    bias = torch.zeros(CHANNELS, requires_grad=True)
+    for _ in range(pairs):
+        x = pair(way, x, *(0.1 * w for w in weights), bias)
+    x.sum().backward()
+
+
+def measure(way: str, pairs: int) -> float:
+    """By how many maps a step raises the peak, once libraries have been warmed up."""
+    torch.set_num_threads(1)
+    step(way, 2, 4)
+    before = resident()
+    step(way, pairs, HEIGHT)
+    return (resident() - before) / MAP_BYTES
+
+
+def main() -> None:
+    """Prints one line for each length of the chain."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--way", choices=WAYS, help="measure one way in this process")
+    parser.add_argument("--pairs", type=int, default=8)
+    options = parser.parse_args()
+    if options.way:
+        print(f"{measure(options.way, options.pairs):.2f}")
+        return
+    print(f"maps of {MAP_BYTES / 2**20:.0f} MiB that a training step adds to the process")
+    for pairs in (2, 4, 8):
+        found = {}
+        for way in WAYS:
+            command = [sys.executable, __file__, "--way", way, "--pairs", str(pairs)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way] = float(done.stdout)
+        ratio = found["composition"] / found["pyeff"]
+        line = ", ".join(f"{way} {maps:.1f}" for way, maps in found.items())
+        print(f"{pairs} pairs: {line}; {ratio:.2f} times less")
+
+
+if __name__ == "__main__":
+    main()
