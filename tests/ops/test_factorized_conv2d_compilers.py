@@ -132,7 +132,7 @@ def test_autocast_lowers_the_precision_and_keeps_float32_gradients():
     with torch.autocast("cpu", torch.bfloat16):
         y = factorized_conv2d(x, w_first, b_first, w_second, b_second, residual=residual, **rest)
         mixed = factorized_conv2d(
-            x.bfloat16(), w_first, b_first, w_second, b_second, residual=residual.double(), **rest
+            x.bfloat16(), w_first, b_first, w_second, b_second, residual=residual, **rest
         )
     assert y.dtype == mixed.dtype == torch.bfloat16
     x, w_first, b_first, w_second, b_second, scale, shift, residual = (
@@ -147,7 +147,10 @@ def test_autocast_lowers_the_precision_and_keeps_float32_gradients():
 @pytest.mark.parametrize("name", ["everything", "stride 2", "stride 2, horizontal first"])
 def test_flops_are_counted(name):
     case = CASES[name]
-    tensors = {k: t and t.requires_grad_() for k, t in case.tensors(torch.float32).items()}
+    tensors = case.tensors(torch.float32)
+    for t in tensors.values():
+        if t is not None:
+            t.requires_grad_()
     first = [tensors.pop(name) for name in NAMES[:5]]
 
     def counted(function):
