@@ -137,14 +137,24 @@ def line_of(folder: Path) -> LevelResult:
     return LevelResult(**line)
 
 
+def finished(plan: Plan, arm: str) -> list[int]:
+    """The seeds that were asked for, and those of the pair that an earlier call has trained."""
+    return sorted(
+        seed
+        for seed in {*plan.seeds_of(arm), *plan.seeds}
+        if (plan.folder(arm, seed) / "results.json").exists()
+    )
+
+
 def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
     """Accuracy and cost of every arm over its seeds, and the gate's figures."""
     found: dict[str, Any] = {}
     for arm in arms:
-        lines = [line_of(plan.folder(arm, seed)) for seed in plan.seeds_of(arm)]
+        seeds = finished(plan, arm)
+        lines = [line_of(plan.folder(arm, seed)) for seed in seeds]
         gates = [line.gate for line in lines if line.gate is not None]
         found[arm] = {
-            "seeds": list(plan.seeds_of(arm)),
+            "seeds": seeds,
             "macs": lines[0].macs,
             "params": lines[0].params,
             "accuracy_percent": [100 * (line.accuracy or 0.0) for line in lines],

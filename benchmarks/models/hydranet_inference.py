@@ -106,6 +106,9 @@ def time_inference(
     prefer_this_process()
     torch.set_num_threads(threads)
     models = {name: pyeff.load(folder).eval() for name, folder in folders.items()}
+    for model in models.values():
+        # Not in inference mode: weights made there are never packed ahead.
+        lay_out(model, torch.channels_last)
     rows = []
     for images in BATCHES:
         x = normalise(task.test_images[:images], task.mean, task.std)
@@ -121,7 +124,6 @@ def time_inference(
 
 def _candidates(name: str, model: nn.Module, x: Tensor) -> dict[str, Candidate]:
     """Calls of every form, each held against the model's own output first."""
-    lay_out(model, torch.channels_last)
     expected = model(x)
     forms = hydranet_forms(model, x) if isinstance(model, HydraNet) else static_forms(model, x)
     calls: dict[str, Candidate] = {}
