@@ -70,7 +70,7 @@ def winograd(enabled: bool) -> Iterator[None]:
 
     The CPU kernels of ``factorized_conv2d`` use F(4, 3) in float32 where it is faster. It halves
     the multiplications and rounds more: the largest error is some 2e-6 of the largest result
-    against some 5e-7 of a direct sum, and results depend on where in a row of four a pixel lies.
+    against some 6e-7 of a direct sum, and results depend on where in a row of four a pixel lies.
 
     Args:
         enabled: False for direct sums alone.
