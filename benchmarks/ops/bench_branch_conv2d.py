@@ -207,8 +207,7 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
     index = torch.stack([torch.randperm(case.branches)[: case.k] for _ in range(case.batch)]).int()
     runs = candidates_of(case, layers, quick)
     calls: dict[str, Candidate] = {
-        name: (lambda run=run: run(x, index))  # type: ignore[misc]  # bound now
-        for name, run in runs.items()
+        name: (lambda run=run: run(x, index)) for name, run in runs.items()
     }
     with torch.no_grad():
         for _ in range(2):  # pyeff packs a weight at its second use
