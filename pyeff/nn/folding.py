@@ -1,6 +1,7 @@
 """Batch norms in eval mode: a scale and a shift, which a layer folds into its weights."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -10,6 +11,23 @@ from pyeff.nn.derived import DerivedValue
 from pyeff.ops import clear_packed
 
 T = TypeVar("T")
+
+_apart = False
+
+
+@contextlib.contextmanager
+def layers_apart() -> Iterator[None]:
+    """Within it, layers that fold or fuse call their convolutions and norms one by one.
+
+    What hooks on those layers need, for example to find which channels are tied. The results are
+    the same up to rounding.
+    """
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def is_affine(norm: nn.BatchNorm2d | None) -> bool:
@@ -57,6 +75,17 @@ class FoldsNorms(nn.Module, Generic[T]):
     def __init__(self) -> None:
         super().__init__()
         self._held: DerivedValue[T] = DerivedValue()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its convolutions are plain ones, whose weights it may read.
+
+        One that :func:`pyeff.compress.factorize` put two layers in the place of is called instead,
+        as all are within :func:`layers_apart`.
+        """
+        return not _apart and not any(
+            isinstance(member, nn.Sequential) for member in self._modules.values()
+        )
 
     def _fold(self) -> T:
         """The folded form, differentiable."""
