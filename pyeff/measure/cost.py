@@ -90,12 +90,13 @@ def layer_costs(model: nn.Module, image: tuple[int, ...]) -> tuple[list[LayerCos
 def _counted(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that are counted; one that runs its members as one call, as a whole."""
     named = dict(model.named_modules())
-    whole = tuple(f"{name}." for name, layer in named.items() if isinstance(layer, _WHOLE))
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *_WHOLE)
+    as_one = {n for n, layer in named.items() if isinstance(layer, _WHOLE) and layer.is_whole}
+    inside = tuple(f"{name}." for name in as_one)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     return [
         (name, layer)
         for name, layer in named.items()
-        if isinstance(layer, kinds) and not name.startswith(whole)
+        if name in as_one or (isinstance(layer, kinds) and not name.startswith(inside))
     ]
 
 

@@ -54,7 +54,7 @@ class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
             ``[N, F, H', W']``.
         """
         check_activation("ConvNorm2d", "outer", outer)
-        if isinstance(x, Proxy) or not is_affine(self.norm):
+        if isinstance(x, Proxy) or not (is_affine(self.norm) and self.is_whole):
             y = self.norm(self.conv(x))
             return activation(y if residual is None else y + residual, outer)
         y = _convolve(self.conv, x, *self._folded_for(x, residual))

@@ -54,7 +54,7 @@ class Downsampler(FoldsNorms[_Folded]):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[N, C, H, W]`` to ``[N, F, ceil(H / 2), ceil(W / 2)]``."""
         pooled = _pool(x)
-        if isinstance(x, Proxy) or not is_affine(self.norm):
+        if isinstance(x, Proxy) or not (is_affine(self.norm) and self.is_whole):
             return F.relu(self.norm(torch.cat([self.conv(x), pooled], 1)), inplace=True)
         weight, bias, scale, shift = self._folded_for(x)
         convolved = F.conv2d(x, weight, bias, 2, 1)

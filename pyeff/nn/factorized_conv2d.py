@@ -203,7 +203,7 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
             ``[N, F, H', W']``, channels_last.
         """
         check_activation(_OP, "outer", outer)
-        if isinstance(x, Proxy):
+        if isinstance(x, Proxy) or not self.is_whole:
             y = self._by_members(x)
         elif self.norm is None:
             return self._run(x, _PLAIN, residual, outer)
