@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyeff.measure import LevelCost, measure_cost
 from pyeff.models.residual import global_pool
 from pyeff.nn import ConvNorm2d, FactorizedConv2d
-from pyeff.nn.factorized_conv2d import NORMS, ORDERS
+from pyeff.nn.factorized_conv2d import NORMS, ORDERS, check_activation
 
 Layer = FactorizedConv2d | ConvNorm2d
 
@@ -106,6 +106,7 @@ def decomposeme(
     skip: bool = False,
     dense: bool = False,
     order: str = "vertical_first",
+    inner: str | None = "relu",
     norm: str | None = "both",
     in_channels: int = 3,
     pools: Sequence[int] = (1, 2, 4, 6),
@@ -122,13 +123,14 @@ def decomposeme(
             (ours, after the layers' names in a talk of the authors).
         dense: ordinary 3 x 3 convolutions in place of the pairs: what the network is compared with.
         order: of the members of every pair.
+        inner: activation between them; ``None`` makes a pair linear, to measure what it is for.
         norm: where batch norms stand in a pair, as in :class:`~pyeff.nn.FactorizedConv2d`.
         in_channels: of the images.
         pools: numbers of the layers, from 1, after which the map is halved; fewer for small images.
 
     Raises:
-        ValueError: sizes that are not positive, an unknown width, order or norm, poolings after
-            layers that there are not.
+        ValueError: sizes that are not positive, an unknown width, order, activation or norm,
+            poolings after layers that there are not.
 
     Example:
         >>> model = decomposeme(10, width=(8, 8, 16, 16, 32, 32, 32, 32))
@@ -146,6 +148,7 @@ def decomposeme(
         "skip": skip,
         "dense": dense,
         "order": order,
+        "inner": inner,
         "norm": norm,
         "in_channels": in_channels,
         "pools": list(pools),
@@ -155,9 +158,10 @@ def decomposeme(
     if any(not 1 <= at <= 8 for at in pools) or len(set(pools)) != len(pools):
         raise ValueError(f"decomposeme: pools must be different layers in 1..8, got {list(pools)}")
     _check_options("decomposeme", classes, in_channels, order, norm)
+    check_activation("decomposeme", "inner", inner)
 
     def layer(inputs: int, outputs: int) -> Layer:
-        return _layer(inputs, outputs, 3, dense=dense, order=order, norm=norm)
+        return _layer(inputs, outputs, 3, dense=dense, order=order, inner=inner, norm=norm)
 
     layers = [layer(a, b) for a, b in zip((in_channels, *widths), widths, strict=False)]
     skips = {}
@@ -209,18 +213,27 @@ def dec3(
         raise ValueError(f"dec3: width must be positive, got {width}")
     _check_options("dec3", classes, in_channels, order, norm)
     layers = [
-        _layer(inputs, width, taps, dense=dense, order=order, norm=norm)
+        _layer(inputs, width, taps, dense=dense, order=order, inner="relu", norm=norm)
         for inputs, taps in ((in_channels, 9), (width, 9), (width, 7))
     ]
     return DecomposeMe(layers, {}, (1, 2, 3), nn.Linear(width, classes), config)
 
 
 def _layer(
-    inputs: int, outputs: int, taps: int, *, dense: bool, order: str, norm: str | None
+    inputs: int,
+    outputs: int,
+    taps: int,
+    *,
+    dense: bool,
+    order: str,
+    inner: str | None,
+    norm: str | None,
 ) -> Layer:
     if dense:
         return ConvNorm2d(nn.Conv2d(inputs, outputs, taps, padding=taps // 2))
-    return FactorizedConv2d(inputs, outputs, taps, padding="same", order=order, norm=norm)
+    return FactorizedConv2d(
+        inputs, outputs, taps, padding="same", order=order, inner=inner, norm=norm
+    )
 
 
 def _check_options(

@@ -10,6 +10,9 @@ from pyeff import models
 from pyeff.models.hydranet import HydraNet
 from pyeff.train.tasks import TaskData
 
+# Families of one task; HydraNets are too.
+_CLASSIFIERS = ("backbone", "dec3", "decomposeme", "nestednet", "resnet50_decomposed")
+
 
 def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Module:
     """Builds a network for some tasks.
@@ -27,7 +30,7 @@ def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Mod
     """
     arguments: dict[str, Any] = {**model, "in_channels": tasks[0].image_shape[0]}
     family = model.get("family")
-    if family not in ("backbone", "nestednet") and not is_hydranet_family(family):
+    if family not in _CLASSIFIERS and not is_hydranet_family(family):
         arguments["tasks"] = {task.name: task.classes for task in tasks}
         return models.build(arguments)
     arguments["classes"] = only_task(model, tasks).classes

@@ -110,6 +110,21 @@ def test_skips_lead_around_two_pairs():
     assert not torch.allclose(before, plain(x))
 
 
+def test_dec8_without_the_activation_inside_is_a_network_of_3_x_3_convolutions():
+    model = small("dec8", inner=None, norm="outer")
+    assert [layer.first.bias for layer in model.layers] == [None] * 8
+    y = x = images()
+    for number, layer in enumerate(model.layers, 1):
+        weight = torch.einsum(
+            "lcy,flx->fcyx", layer.first.weight.squeeze(3), layer.second.weight.squeeze(2)
+        )
+        y = F.relu(layer.norm_outer(F.conv2d(y, weight, layer.second.bias, padding=1)))
+        if number in (1, 2, 4, 6):
+            y = F.max_pool2d(y, 2)
+    expected = model.head(y.mean((2, 3)))
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_dec3_halves_the_map_three_times_after_long_kernels():
     model = small("dec3")
     assert [layer.kernel_size[0] for layer in model.layers] == [9, 9, 7]
@@ -215,6 +230,10 @@ def test_fewer_poolings_for_small_images():
         (lambda: decomposeme(pools=(9,)), r"decomposeme: pools must be different layers in 1\.\.8"),
         (lambda: decomposeme(pools=(2, 2)), "decomposeme: pools must be different layers"),
         (lambda: decomposeme(norm="batch"), "decomposeme: norm must be one of None, 'inner'"),
+        (
+            lambda: decomposeme(inner="tanh", dense=True),
+            "decomposeme: inner must be one of None, 'relu', .* got 'tanh'",
+        ),
         (lambda: dec3(order="first", dense=True), "dec3: order must be one of 'vertical_first'"),
         (lambda: dec3(0), "dec3: width must be positive, got 0"),
         (lambda: dec3(8, classes=0), "dec3: classes and in_channels must be positive, got 0 and 1"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from train.tiny import MODEL, tiny_config
 
-from pyeff.checkpoint import read_archive
+from pyeff.checkpoint import load, read_archive
 from pyeff.train import Trainer, TrainingInterrupted
 from pyeff.train.evaluate import evaluate
 from pyeff.train.report import level_results, train_and_report
@@ -193,6 +193,27 @@ def test_plain_backbone_is_trained_by_the_same_loop(tmp_path):
     assert line.params == sum(p.numel() for p in result.model.parameters())
     with pytest.raises(ValueError, match="backbone must have one task"):
         Trainer(tiny_config(tmp_path, model=model)).fit(overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "decomposeme", "width": [4] * 8, "pools": [1, 2]},
+        {"family": "decomposeme", "width": [4] * 8, "pools": [1, 2], "dense": True},
+        {"family": "dec3", "width": 4},
+        {"family": "resnet50_decomposed", "widths": [4, 4, 8, 8], "depths": [1, 1, 1, 1]},
+    ],
+    ids=lambda model: "_".join([model["family"], *(["dense"] if "dense" in model else [])]),
+)
+def test_networks_of_pairs_are_trained_by_the_same_loop(tmp_path, model):
+    config = tiny_config(tmp_path, model=model, tasks=("digits",), epochs=1, precision="bf16")
+    train_and_report(config)
+    (line,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    loaded = load(tmp_path)
+    assert line["params"] == sum(p.numel() for p in loaded.parameters())
+    assert line["macs"] > 0
+    trainer = Trainer(config)
+    assert evaluate(loaded, trainer.tasks)["digits", 1] == line["accuracy"]
 
 
 def test_report_files(tmp_path):
