@@ -25,6 +25,7 @@ from pyeff.train.batches import normalise
 from pyeff.train.network import lay_out
 
 BATCHES = (1, 32)
+FORMS = ("pyeff", "torch", "compiled")
 
 
 def plain(model: DecomposeMe) -> nn.Module:
@@ -106,9 +107,9 @@ def _candidates(name: str, model: DecomposeMe, x: Tensor) -> dict[str, Candidate
     layers = plain(model)
     calls: dict[str, Candidate] = {}
     with torch.inference_mode():
-        forms: dict[str, Run] = {"pyeff": model, "torch": layers, "compiled": compiled(layers, x)}
+        runs: tuple[Run, ...] = (model, layers, compiled(layers, x))
         expected = model(x)
-        for form, run in forms.items():
+        for form, run in zip(FORMS, runs, strict=True):
             torch.testing.assert_close(run(x), expected, rtol=1e-3, atol=1e-3)
 
             def call(run: Run = run) -> object:
@@ -148,9 +149,11 @@ def markdown_times(rows: list[dict[str, Any]]) -> str:
     """The rows as a table: a line a network and batch."""
     lines = []
     for row in rows:
-        forms = [f"{row['forms_ms_per_image'][form]:.3f}" for form in ("pyeff", "torch", "compiled")]
+        forms = [
+            f"{row['forms_ms_per_image'][form]:.3f}" for form in ("pyeff", "torch", "compiled")
+        ]
         over = row["speedup_over"].get("dense")
         ratio = f"{over['median']:.2f} [{over['p10']:.2f}..{over['p90']:.2f}]" if over else ""
         lines.append([row["network"], row["images"], *forms, ratio, "" if row["clean"] else "yes"])
-    columns = ["ms an image", "batch", "pyeff", "torch", "compiled", "dense over it", "disturbed"]
+    columns = ["ms an image", "batch", *FORMS, "dense over it", "disturbed"]
     return markdown_table(columns, lines)

@@ -1,5 +1,6 @@
 """DecomposeMe: classifiers made of pairs of one-dimensional convolutions."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -92,10 +93,8 @@ class DecomposeMe(nn.Module):
         Raises:
             ValueError: a size that is too small.
         """
-        options = {key: value for key, value in self.config.items() if key != "family"}
-        make = dec3 if self.config["family"] == "dec3" else decomposeme
-        with torch.device("meta"):
-            model = make(**options).eval()
+        # A copy, as compression may have changed the layers.
+        model = copy.deepcopy(self).to("meta").eval()
         return measure_cost(model, (self.in_channels, *input_size))
 
 
