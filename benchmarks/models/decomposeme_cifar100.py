@@ -78,7 +78,11 @@ class Plan:
     def model(self, arm: str) -> dict[str, Any]:
         """The network of an arm, as :func:`pyeff.models.build` takes it without the classes."""
         widths = narrowed(self) if arm == "narrow" else self.widths
-        options = {"dense": {"dense": True}, "narrow": {"dense": True}, "linear": {"inner": None}}
+        options: dict[str, dict[str, Any]] = {
+            "dense": {"dense": True},
+            "narrow": {"dense": True},
+            "linear": {"inner": None},
+        }
         return {
             "family": "decomposeme",
             "width": list(widths),

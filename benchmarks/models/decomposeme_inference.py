@@ -45,7 +45,9 @@ def plain(model: DecomposeMe) -> nn.Module:
         if number in model.pools:
             parts.append(nn.MaxPool2d(2))
     parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head]
-    return nn.Sequential(*parts).eval().to(memory_format=torch.channels_last)
+    layers = nn.Sequential(*parts).eval()
+    lay_out(layers, torch.channels_last)
+    return layers
 
 
 def _lines(pair: FactorizedConv2d) -> list[nn.Module]:

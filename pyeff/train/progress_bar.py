@@ -19,6 +19,11 @@ class Bar:
         if self._progress is not None and self._id is not None:
             self._progress.update(self._id, advance=1, description=text)
 
+    def tell(self, text: str) -> None:
+        """What goes on within a step."""
+        if self._progress is not None and self._id is not None:
+            self._progress.update(self._id, description=text)
+
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
         if self._progress is not None:

@@ -1,5 +1,8 @@
 """A picture and its labels, mirrored and moved alike."""
 
+import importlib
+import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -92,9 +95,22 @@ def augment_by_torchvision(
     return moved.permute(0, 2, 3, 1), torch.stack([label.as_subclass(Tensor) for _, label in pairs])
 
 
+@cache
 def has_torchvision() -> bool:
-    """Whether :func:`augment_by_torchvision` can run."""
-    return find_spec("torchvision") is not None
+    """Whether :func:`augment_by_torchvision` can run; warns of a torchvision that does not load."""
+    if find_spec("torchvision") is None:
+        return False
+    try:
+        importlib.import_module("torchvision.transforms.v2")
+    except Exception as error:
+        # One that was built for another torch raises whatever it meets.
+        warnings.warn(
+            f"torchvision is installed but does not load ({error}): pictures are augmented without "
+            "it",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -112,9 +128,14 @@ class SegmentationBatches:
         split: what to learn from.
         batch_size: pictures a step, over all processes.
         seed: of the run.
-        augmented: mirror and move; by torchvision where it is installed.
+        augmented: mirror and move.
+        by_torchvision: do that by torchvision; by default where it is installed. The two ways draw
+            other random numbers.
         rank: this process.
         ranks: number of processes; divides ``batch_size``.
+
+    Attributes:
+        by_torchvision: as above, decided.
 
     Raises:
         ValueError: ``batch_size`` is no multiple of ``ranks``.
@@ -127,6 +148,7 @@ class SegmentationBatches:
         seed: int,
         *,
         augmented: bool = True,
+        by_torchvision: bool | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -137,6 +159,8 @@ class SegmentationBatches:
             )
         self._split, self._seed, self._augmented = split, seed, augmented
         self._rank, self._ranks = rank, ranks
+        # Once for a run: torchvision may be installed while it goes on.
+        self.by_torchvision = has_torchvision() if by_torchvision is None else by_torchvision
         self._order = SampleOrder(len(split), batch_size, seed, "segmentation")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -155,6 +179,6 @@ class SegmentationBatches:
 
     def _augment(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         words = ("segmentation", self._seed, step)
-        if has_torchvision():
+        if self.by_torchvision:
             return augment_by_torchvision(images, labels, SHIFT, seed_of(*words))
         return augment_pairs(images, labels, SHIFT, generator_of(*words))

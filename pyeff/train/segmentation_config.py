@@ -52,7 +52,8 @@ class SegmentationConfig:
         weighted: weigh classes by ``1 / ln(a + share)``, see
             :func:`pyeff.train.segmentation_loss.class_weights`.
         init_from: folder or file of a run whose weights this one starts from: stage 1 from its
-            encoder, stage 2 from the rest as well. The output layer is taken where it fits.
+            encoder, stage 2 from the rest as well. The output layer is taken where it fits. Not
+            in ``out``.
         keep: which weights of stage 2 become ``model.safetensors``: of the ``best`` epoch by mIoU
             on ``val``, or of the ``last``.
         augment: mirror, and move by up to 2 pixels.
@@ -126,6 +127,11 @@ class SegmentationConfig:
                 self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive"
             )
         _check(self, "lr", self.lr > 0, "be positive")
+        if self.init_from is not None:
+            start = Path(self.init_from).resolve()
+            start = start.parent if start.suffix == ".safetensors" else start
+            other = Path(self.out).resolve() != start
+            _check(self, "init_from", other, f"be of another run than out, {self.out!r}")
         _check(self, "model", "family" in self.model, "have a family (erfnet)")
 
     def to_json(self) -> dict[str, Any]:

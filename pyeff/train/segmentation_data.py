@@ -100,9 +100,9 @@ class SegmentationData:
             ValueError: the data set has no such split.
         """
         if name not in self.splits:
-            raise ValueError(
-                f"segmentation: split must be one of {', '.join(self.splits)}, got {name!r}"
-            )
+            # Where another one was asked for alone, none was read.
+            known = ", ".join(self.splits) or f"train, val and test, if {self.name} has it"
+            raise ValueError(f"segmentation: split must be one of {known}, got {name!r}")
         return self.splits[name]
 
     def describe(self) -> dict[str, Any]:
@@ -164,17 +164,24 @@ def _shown(values: Mapping[int, int]) -> str:
     return ", ".join(map(str, ordered))
 
 
-def read_picture(path: Path, what: str = "segmentation") -> np.ndarray:
+def read_picture(path: Path, what: str = "segmentation", *, upright: bool = False) -> np.ndarray:
     """A picture as RGB, uint8 ``[H, W, 3]``.
+
+    Args:
+        path: the file.
+        what: the data set or command, for messages.
+        upright: turn it as the camera says that it shall be seen. Labels know nothing of that.
 
     Raises:
         ValueError: the file is no picture; names it.
         ImportError: pillow is missing.
     """
     pillow = require("PIL.Image", "train", _PURPOSE)
+    operations = require("PIL.ImageOps", "train", _PURPOSE)
     try:
         with pillow.open(path) as file:
-            return np.asarray(file.convert("RGB"))
+            shown = operations.exif_transpose(file) if upright else file
+            return np.asarray(shown.convert("RGB"))
     except Exception as error:
         # Decoders raise whatever they meet.
         raise ValueError(f"{what}: {path} must be a picture, got {error}") from error

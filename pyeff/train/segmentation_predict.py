@@ -129,11 +129,12 @@ class Prediction:
         return asdict(self)
 
 
-def gather(sources: Sequence[str]) -> list[tuple[Path, Path]]:
+def gather(sources: Sequence[str], out: str | None = None) -> list[tuple[Path, Path]]:
     """All pictures and videos that some paths name.
 
     Args:
         sources: files, and folders to search at any depth.
+        out: a folder below one of them that is left out, since it holds what was written before.
 
     Returns:
         Each file, with its name below the output folder, without a suffix.
@@ -146,7 +147,10 @@ def gather(sources: Sequence[str]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for source in map(Path, sources):
         if source.is_dir():
-            files = sorted(p for p in source.rglob("*") if _is_known(p))
+            left_out = _inner(out, source)
+            files = sorted(
+                p for p in source.rglob("*") if _is_known(p) and left_out not in p.resolve().parents
+            )
             if not files:
                 raise ValueError(f"predict: {source} must hold pictures or videos, got none")
             found += [(file, file.relative_to(source).with_suffix("")) for file in files]
@@ -173,6 +177,14 @@ def gather(sources: Sequence[str]) -> list[tuple[Path, Path]]:
 
 def _is_known(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES
+
+
+def _inner(out: str | None, source: Path) -> Path | None:
+    """``out`` if it is a folder below ``source``."""
+    if out is None:
+        return None
+    folder = Path(out).resolve()
+    return folder if source.resolve() in folder.parents else None
 
 
 def predict_files(
@@ -202,7 +214,7 @@ def predict_files(
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"predict: opacity must be in [0, 1], got {opacity}")
-    files, folder = gather(sources), Path(out)
+    files, folder = gather(sources, out), Path(out)
     if any(file.suffix.lower() in VIDEO_SUFFIXES for file, _ in files):
         _imageio()  # what is missing shall be said before anything is written
     with progress_bar(len(files), 0, shown) as bar:
@@ -240,7 +252,7 @@ class _Tally:
 
 
 def _picture(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Bar) -> Prediction:
-    tally, image = _Tally(segmenter), read_picture(file, "predict")
+    tally, image = _Tally(segmenter), read_picture(file, "predict", upright=True)
     labels = tally.label(image)
     over, label = Path(f"{name}_overlay.png"), Path(f"{name}_labels.png")
     write_bytes_atomically(over, png(overlay(image, labels, segmenter.palette, opacity)))
@@ -259,6 +271,7 @@ def _video(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Ba
             labels = tally.label(image)
             path = frames / f"{tally.frames - 1:06d}.png"
             write_bytes_atomically(path, label_png(labels, segmenter.palette))
+            bar.tell(f"{file.name} frame {tally.frames}")
             yield overlay(image, labels, segmenter.palette, opacity)
 
     rate, pictures, close = _opened(file)
@@ -300,10 +313,10 @@ def _rgb(frame: np.ndarray) -> np.ndarray:
 
 
 def _write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> None:
-    """Writes a video under a temporary name and renames it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
+    """Writes a video, whole or not at all."""
+    # In a folder of its own: a temporary file of tempfile's would stay private.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        temporary = Path(folder) / path.name
         # Sides need only be even: by default they would be scaled to multiples of 16.
         writer = _imageio().get_writer(temporary, fps=rate, macro_block_size=2)
         try:
@@ -312,6 +325,3 @@ def _write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> None:
         finally:
             writer.close()
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyeff import models
-from pyeff.checkpoint import FILE_NAME, load, load_model_tensors, read_archive, save
+from pyeff.checkpoint import (
+    FILE_NAME,
+    MODEL_FILE_NAME,
+    load,
+    load_model_tensors,
+    read_archive,
+    save,
+)
 from pyeff.models.erfnet import STRIDE
 from pyeff.nn import synchronise_batch_norm
 from pyeff.train.batches import seed_of
@@ -20,7 +27,7 @@ from pyeff.train.network import lay_out
 from pyeff.train.processes import Processes
 from pyeff.train.progress_bar import Bar, progress_bar
 from pyeff.train.schedule import poly_learning_rate
-from pyeff.train.segmentation_augment import SegmentationBatches
+from pyeff.train.segmentation_augment import SegmentationBatches, has_torchvision
 from pyeff.train.segmentation_config import SegmentationConfig
 from pyeff.train.segmentation_data import SegmentationData
 from pyeff.train.segmentation_loss import (
@@ -80,7 +87,6 @@ class SegmentationSession:
         self.history = History(self.out / "metrics.jsonl" if processes.first else None)
         self.left_fresh: list[str] = []
         self._enter(ENCODER if config.stage1_epochs else WHOLE)
-        self._start_from_another_run()
         self.progress = SegmentationProgress(self.stage)
 
     def _enter(self, stage: int) -> None:
@@ -135,12 +141,26 @@ class SegmentationSession:
         cast(nn.Module, self.model.encoder).load_state_dict(encoder)
         self.progress.stage = WHOLE
 
+    def begin(self) -> None:
+        """Starts anew: what an earlier run left in the folder is removed.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`take_weights`; nothing was removed.
+        """
+        self._start_from_another_run()
+        self.history.restart([])
+        if self.processes.first:
+            # What an overwritten run left would pass for this one's.
+            for name in (MODEL_FILE_NAME, BEST_FILE_NAME):
+                (self.out / name).unlink(missing_ok=True)
+
     def restore(self) -> None:
         """Takes up the run where its checkpoint stands.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or of a run with other settings or data.
+            ValueError: it is damaged, or of a run with other settings or data, or torchvision is
+                missing and the run began with it.
         """
         tensors, meta = read_segmentation_state(self.checkpoint)
         check_same_run(self.checkpoint, meta, self.config)
@@ -149,12 +169,23 @@ class SegmentationSession:
                 f"resume: {self.checkpoint} must be of a run with the classes "
                 f"{list(self.data.class_names)}, got {meta['segmentation']['class_names']}"
             )
+        self._go_on_augmenting(meta.get("by_torchvision"))
         self.progress = SegmentationProgress(**meta["progress"])
         if self.progress.stage != self.stage:
             self._enter(self.progress.stage)
         restore_tensors(self.checkpoint, self.model, self.optimizer, tensors)
         self.left_fresh = meta["left_fresh"]
         self.history.restart(meta["records"])
+
+    def _go_on_augmenting(self, by_torchvision: bool | None) -> None:
+        """In the way in which the run began, which decides its random numbers."""
+        if by_torchvision and not has_torchvision():
+            raise ValueError(
+                f"resume: {self.checkpoint} must go on with torchvision, by which its pictures are "
+                "augmented, got none: pip install pyeff[vision]"
+            )
+        if by_torchvision is not None:
+            self.batches.by_torchvision = by_torchvision
 
     def save(self) -> None:
         """Writes the checkpoint: the first process does, for all."""
@@ -164,6 +195,7 @@ class SegmentationSession:
                 **self.describe(),
                 "records": self.history.records,
                 "left_fresh": self.left_fresh,
+                "by_torchvision": self.batches.by_torchvision,
             }
             save_segmentation_state(
                 self.checkpoint, self.model, self.optimizer, self.progress, meta

@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from pyeff.checkpoint import FILE_NAME, MODEL_FILE_NAME
+from pyeff.checkpoint import FILE_NAME
 from pyeff.train.processes import joined
 from pyeff.train.segmentation_config import SegmentationConfig, load_segmentation
 from pyeff.train.segmentation_data import SegmentationData
 from pyeff.train.segmentation_metrics import SegmentationScore
 from pyeff.train.segmentation_session import SegmentationSession
-from pyeff.train.segmentation_state import BEST_FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,7 @@ class SegmentationTrainer:
             if resume:
                 session.restore()
             else:
-                session.history.restart([])
-                if processes.first:
-                    # What an overwritten run left would pass for this one's.
-                    for name in (MODEL_FILE_NAME, BEST_FILE_NAME):
-                        (self.out / name).unlink(missing_ok=True)
+                session.begin()
             processes.wait()
             scores = session.run()
             self._described = session.describe()

@@ -75,7 +75,10 @@ def test_eval_says_what_training_said(run):
     ("arguments", "error"),
     [
         (("--k", "2"), "k must be left out for ERFNet, got 2"),
-        (("--split", "train2"), "split must be one of"),
+        (
+            ("--split", "train2"),
+            "split must be one of train, val and test, if streets has it, got 'train2'",
+        ),
         (("--eval-size", "huge"), "eval_size must be one of training, official, got 'huge'"),
     ],
 )

@@ -1,13 +1,16 @@
-import importlib.util
+import sys
 
 import pytest
 import torch
+from torchvision_operators import torchvision_loads
 
+from pyeff.train import segmentation_augment
 from pyeff.train.batches import generator_of
 from pyeff.train.segmentation_augment import (
     SegmentationBatches,
     augment_by_torchvision,
     augment_pairs,
+    has_torchvision,
     to_input,
 )
 from pyeff.train.segmentation_data import IGNORE, SegmentationSplit
@@ -33,9 +36,7 @@ WAYS = [
     ours,
     pytest.param(
         theirs,
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("torchvision") is None, reason="needs torchvision"
-        ),
+        marks=pytest.mark.skipif(not torchvision_loads(), reason="needs torchvision"),
     ),
 ]
 
@@ -83,6 +84,41 @@ def test_a_missing_torchvision_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"torchvision is needed .* pip install pyeff\[vision\]"):
         theirs(*pairs(1))
+
+
+@pytest.fixture
+def torchvision_of(monkeypatch, tmp_path):
+    """Puts a package of that name in the way, as another build of it would be."""
+
+    def install(source):
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        loaded = [m for m in sys.modules if m.partition(".")[0] == "torchvision"]
+        for name in loaded:
+            monkeypatch.delitem(sys.modules, name)
+        has_torchvision.cache_clear()
+
+    yield install
+    has_torchvision.cache_clear()
+
+
+def test_a_torchvision_that_does_not_load_is_done_without(torchvision_of):
+    torchvision_of("raise RuntimeError('operator torchvision::nms does not exist')")
+    with pytest.warns(UserWarning, match="does not load .*nms does not exist"):
+        batches = SegmentationBatches(split(), 2, 0)
+    assert not batches.by_torchvision
+    assert batches.batch(0)[0].shape == (2, 3, 4, 5)
+
+
+def test_which_way_is_chosen_once(monkeypatch):
+    monkeypatch.setattr(segmentation_augment, "has_torchvision", lambda: False)
+    batches = SegmentationBatches(split(), 2, 0)
+    monkeypatch.setattr(segmentation_augment, "has_torchvision", lambda: True)
+    x, y = batches.batch(1)
+    again = SegmentationBatches(split(), 2, 0, by_torchvision=False).batch(1)
+    assert torch.equal(x, again[0])
+    assert torch.equal(y, again[1])
 
 
 def split(count=5):

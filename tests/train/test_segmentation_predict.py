@@ -91,6 +91,18 @@ def test_files_and_what_is_in_them(run, tmp_path):
     assert found[0].seconds > 0
 
 
+def test_a_picture_that_a_camera_took_upright_is_labelled_upright(run, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be seen after a quarter turn to the right
+    lying = Image.fromarray(picture())
+    lying.save(tmp_path / "a.png", exif=turned)
+    segmenter = Segmenter(run)
+    predict_files(segmenter, [str(tmp_path / "a.png")], str(tmp_path / "out"), shown=False)
+    labels = np.asarray(Image.open(tmp_path / "out" / "a_labels.png"))
+    assert labels.shape == (30, 20)
+    assert (labels == segmenter.label(np.rot90(picture(), -1).copy())).all()
+
+
 class Writer:
     written: dict = {}  # noqa: RUF012
 
@@ -146,6 +158,23 @@ def test_a_video_becomes_a_video(run, tmp_path, imageio):
         assert (Writer.written["frames"][index] == expected).all()
 
 
+def test_a_video_is_readable_like_any_other_file(run, tmp_path, imageio):
+    (tmp_path / "drive.mp4").write_bytes(b"x")
+    predict_files(Segmenter(run), [str(tmp_path)], str(tmp_path / "out"), shown=False)
+    (tmp_path / "plain").write_bytes(b"x")
+    mode = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "out" / "drive_overlay.mp4").stat().st_mode == mode
+
+
+def test_what_was_written_before_is_no_source(tmp_path):
+    for name in ("a.png", "out/a_overlay.png", "out/deep/b_labels.png"):
+        write_picture(tmp_path / name, picture())
+    found = gather([str(tmp_path)], str(tmp_path / "out"))
+    assert [str(name) for _, name in found] == ["a"]
+    assert len(gather([str(tmp_path)])) == 3
+    assert len(gather([str(tmp_path / "out")], str(tmp_path / "out"))) == 2
+
+
 def test_a_video_that_breaks_off_leaves_no_file(run, tmp_path, imageio):
     (tmp_path / "drive.mp4").write_bytes(b"x")
     imageio.append(np.zeros((20, 30, 3), dtype=np.float32))  # no picture
@@ -154,7 +183,7 @@ def test_a_video_that_breaks_off_leaves_no_file(run, tmp_path, imageio):
             Segmenter(run), [str(tmp_path / "drive.mp4")], str(tmp_path / "out"), shown=False
         )
     assert imageio.closed
-    assert not [p for p in (tmp_path / "out").iterdir() if p.is_file()]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["drive_labels"]
 
 
 def test_missing_imageio_is_named_before_anything_is_written(run, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,8 +148,6 @@ def test_which_weights_are_kept(tmp_path, streets, monkeypatch, keep):
         scores = original(model, data, split, **options)
         if split == "val" and model.decoder is not None:
             found.append({n: t.clone() for n, t in model.state_dict().items()})
-            from dataclasses import replace
-
             return [replace(scores[0], miou=(0.2, 0.9, 0.9)[len(found) - 1])]
         return scores
 
@@ -183,9 +182,65 @@ def test_starting_from_another_run(tmp_path, streets, monkeypatch):
     assert not torch.equal(seen[2]["encoder.0.conv.weight"], theirs["encoder.0.conv.weight"])
 
 
-def test_starting_from_a_run_of_other_classes_or_another_network(tmp_path, streets):
-    from dataclasses import replace
+def test_resuming_needs_the_other_run_no_more_than_stage_2_does(tmp_path, streets, monkeypatch):
+    start = tmp_path / "a"
+    SegmentationTrainer(segmentation_config(start, epochs=1), streets).fit()
+    config = segmentation_config(tmp_path / "b", init_from=str(start))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda session: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(TrainingInterrupted, match="after step 4"):
+            SegmentationTrainer(config, streets).fit()
+    for file in start.iterdir():
+        file.unlink()
+    start.rmdir()
+    result = SegmentationTrainer(config, streets).fit(resume=True)
+    assert [r["step"] for r in result.records] == [2, 4, 6]
 
+
+def test_a_start_that_cannot_be_leaves_the_folder_as_it_was(tmp_path, streets):
+    config = segmentation_config(tmp_path / "a", epochs=1, stage1_epochs=0)
+    SegmentationTrainer(config, streets).fit()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    gone = replace(config, init_from=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        SegmentationTrainer(gone, streets).fit(overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_resuming_augments_as_the_run_began(tmp_path, streets, monkeypatch, began):
+    """Whether torchvision has come or gone meanwhile."""
+    from pyeff.train import segmentation_augment, segmentation_session
+
+    ways = []
+
+    def by_torchvision(images, labels, shift, seed):
+        ways.append(True)
+        return images, labels
+
+    def by_ours(images, labels, shift, generator):
+        ways.append(False)
+        return images, labels
+
+    monkeypatch.setattr(segmentation_augment, "augment_by_torchvision", by_torchvision)
+    monkeypatch.setattr(segmentation_augment, "augment_pairs", by_ours)
+    monkeypatch.setattr(segmentation_augment, "has_torchvision", lambda: began)
+    config = segmentation_config(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda session: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(TrainingInterrupted):
+            SegmentationTrainer(config, streets).fit()
+    monkeypatch.setattr(segmentation_augment, "has_torchvision", lambda: not began)
+    if began:
+        monkeypatch.setattr(segmentation_session, "has_torchvision", lambda: False)
+        with pytest.raises(ValueError, match=r"must go on with torchvision, .* pyeff\[vision\]"):
+            SegmentationTrainer(config, streets).fit(resume=True)
+    monkeypatch.setattr(segmentation_session, "has_torchvision", lambda: True)
+    SegmentationTrainer(config, streets).fit(resume=True)
+    assert ways == [began] * 6
+
+
+def test_starting_from_a_run_of_other_classes_or_another_network(tmp_path, streets):
     few = replace(streets, class_names=("x",) * 20, palette=((0, 0, 0),) * 20)
     config = segmentation_config(tmp_path / "a", epochs=1, stage1_epochs=0)
     SegmentationTrainer(config, few).fit()
@@ -286,6 +341,8 @@ def test_report_files(tmp_path):
         ({"lr": 0.0}, "lr must be positive"),
         ({"limit_test": 0}, "limit_test must be positive, got 0"),
         ({"model": {}}, "model must have a family"),
+        ({"init_from": "runs/erfnet"}, "init_from must be of another run than out, 'runs/erfnet'"),
+        ({"init_from": "./runs/erfnet/best.safetensors"}, "init_from must be of another run than"),
     ],
 )
 def test_config_refuses(changes, error):
