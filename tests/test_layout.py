@@ -42,7 +42,7 @@ SLICE = [
 # Bottom to top. A module may import from its own layer (without a cycle) and from those below.
 # "pyeff" is the package's own front: what `import pyeff` offers.
 LAYERS = [
-    {"reference", "_C", "triton_kernels", "_extras"},
+    {"reference", "_C", "triton_kernels", "_extras", "_archive"},
     {"ops"},
     {"nn"},
     {"measure"},

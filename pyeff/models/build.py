@@ -1,22 +1,42 @@
 """From a configuration (as checkpoints hold it) to a model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from pyeff.models.decomposeme import dec3, decomposeme
+from pyeff.models.described import apply_description
 from pyeff.models.dvn import dvn
 from pyeff.models.erfnet import erfnet
 from pyeff.models.hydranet_densenet import hydranet_densenet
 from pyeff.models.hydranet_resnet import hydranet_resnet, hydranet_resnet50
 from pyeff.models.hydranet_ressep import hydranet_ressep
 from pyeff.models.nestednet import nestednet
-from pyeff.models.resnet import build_backbone
+from pyeff.models.resnet import ResNet, build_backbone, initialise
 from pyeff.models.resnet50_decomposed import resnet50_decomposed
+
+
+def compressed(base: Mapping[str, Any], layers: Mapping[str, Any]) -> nn.Module:
+    """A network with the sizes that compression left it, with fresh weights.
+
+    Args:
+        base: the configuration of the network before it.
+        layers: what differs, as :func:`pyeff.models.described.describe` tells it.
+
+    Raises:
+        ValueError: as :func:`build` and :func:`pyeff.models.described.apply_description`.
+    """
+    model = apply_description(build(base), layers)
+    if isinstance(model, ResNet):
+        initialise(model)
+    cast(Any, model).config = {"family": "compressed", "base": dict(base), "layers": dict(layers)}
+    return model
+
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "backbone": build_backbone,
+    "compressed": compressed,
     "dec3": dec3,
     "decomposeme": decomposeme,
     "dvn": dvn,

@@ -1,0 +1,55 @@
+"""Networks with channels that were made dead by hand, and what must hold of them."""
+
+import torch
+from torch import nn
+
+from pyeff.compress import channel_groups
+
+
+@torch.no_grad()
+def randomise_norms(model):
+    """Gives every batch norm statistics and parameters that are not those of a fresh one."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+
+
+@torch.no_grad()
+def kill(model, example, share=0.4, include_norm=True):
+    """Sets a share of the channels of every group to zero; how many that are, for each group."""
+    killed = {}
+    for group in channel_groups(model, example, include_norm=include_norm):
+        number = min(round(share * group.channels), group.channels - 1)
+        dead = torch.zeros(group.channels, dtype=torch.bool)
+        dead[torch.randperm(group.channels)[:number]] = True
+        group.clear(model, dead)
+        killed[group.name] = number
+    return killed
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def flat(output):
+    """The tensors of a network's output."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [t for part in output for t in flat(part)]
+
+
+def assert_trains_and_exports(model, x):
+    """Every parameter gets a finite gradient, and an exported program gives the same."""
+    model.eval()
+    sum(out.square().mean() for out in flat(model(x))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    model.zero_grad()
+    with torch.no_grad():
+        wanted = model(x)
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), wanted, rtol=1e-4, atol=1e-5)
