@@ -174,7 +174,23 @@ def _graph(
         raise ValueError(
             f"{_OP}: model must give tensors that autograd recorded, got outputs without a graph"
         )
+    _order_splits(graph)
     return graph, ends
+
+
+def _order_splits(graph: Any) -> None:
+    """Sorts what reads the parts of a split by part; torch-pruning has them as it met them."""
+    for node in graph.module2node.values():
+        if type(node.module).__name__ != "_SplitOp":
+            continue
+        readers = [
+            (part, at, reader)
+            for at, reader in enumerate(dict.fromkeys(node.outputs))
+            for function, part in reader.grad_fn.next_functions
+            if function == node.grad_fn
+        ]
+        if len(readers) == len(node.outputs):
+            node.outputs = [reader for _, _, reader in sorted(readers, key=lambda r: r[:2])]
 
 
 def _entry_pruner(pruning: ModuleType) -> Any:
@@ -227,6 +243,8 @@ def _tie(graph: Any, module: nn.Module, name: str, names: dict, classes: _Classe
             classes.union(own, (label, role, channel))
             if role == "":
                 classes.block(own, f"tied to {label}")
+            elif channel >= _width(target, role, item.dep.target.pruning_dim):
+                classes.block(own, f"its way to {label} is not known")
 
 
 def _role(target: Any, is_output: bool, names: dict) -> str | None:
@@ -242,6 +260,17 @@ def _role(target: Any, is_output: bool, names: dict) -> str | None:
     if isinstance(target, Entry) or target in names or type(target).__name__ == "_OutputOp":
         return ""
     return None  # torch-pruning's own nodes: sums, concatenations, reshapes
+
+
+def _width(target: Any, role: str, axis: int) -> int:
+    """How many channels a node has on the side of a role."""
+    if isinstance(target, nn.Parameter):
+        return target.shape[axis]
+    if role == CONSUMER:
+        return target.in_features if isinstance(target, nn.Linear) else target.in_channels
+    if role == PRODUCER:
+        return _outputs(target)
+    return target.num_parameters if role == SCALE else target.num_features
 
 
 def _label(target: Any, names: dict) -> str:

@@ -119,15 +119,16 @@ def _group(model: nn.Module, members: Sequence[Member], include_norm: bool) -> C
 def _rows_of(module: nn.Module, member: Member) -> list[Rows]:
     """Weight and bias of a layer, as far as it has them."""
     prefix = f"{member.name}." if member.name else ""
-    transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+    split = 0  # groups of a transposed convolution
+    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+        split = module.groups
     found = []
     for name in ("weight", "bias"):
         tensor = getattr(module, name, None)
         if tensor is None:
             continue
-        turned = transposed and name == "weight"
-        groups = module.groups if turned else 0
-        outputs = tensor.shape[1] * groups if turned else tensor.shape[0]
+        groups = split if name == "weight" else 0
+        outputs = tensor.shape[1] * groups if groups else tensor.shape[0]
         size = math.prod(tensor.shape) // outputs
         found.append(Rows(prefix + name, member.index, groups, size))
     return found

@@ -10,7 +10,7 @@ and at the last application T is that application's learning rate alone, so that
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ def check_target(op: str, target: float | None, strength: float | str) -> None:
         raise ValueError(f'{op}: target_params must come with strength "auto", got {strength}')
 
 
-def check_factors(op: str, layers: dict[str, float] | None, known: Sequence[str]) -> None:
+def check_factors(op: str, layers: Mapping[str, float] | None, known: Sequence[str]) -> None:
     """Raises for factors of layers that there are not, or negative ones."""
     for name, factor in (layers or {}).items():
         if name not in known:
