@@ -17,7 +17,7 @@ from pyeff.checkpoint import (
     write_archive,
 )
 from pyeff.train.segmentation_config import SegmentationConfig, segmentation_config_from_json
-from pyeff.train.state import kept
+from pyeff.train.state import check_finite
 
 KIND = "segmentation training"
 BEST_FILE_NAME = "best.safetensors"
@@ -61,13 +61,23 @@ def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Ten
 def load_adam_tensors(
     model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restores what :func:`adam_tensors` gave."""
+    """Restores what :func:`adam_tensors` gave; a parameter without an entry has no moments.
+
+    Raises:
+        ValueError: a parameter has some of its entries, or entries of another shape.
+    """
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
         saved = {m: tensors.get(f"{_ADAM}{m}.{name}") for m in _MOMENTS}
         first, second, count = (saved[m] for m in _MOMENTS)
-        if first is None or second is None or count is None:
+        if first is None and second is None and count is None:
             continue
+        shapes = [None if t is None else list(t.shape) for t in (first, second, count)]
+        if first is None or second is None or count is None or first.shape != parameter.shape:
+            raise ValueError(
+                f"resume: {name} must have all of Adam's {', '.join(_MOMENTS)} in its shape "
+                f"{list(parameter.shape)}, got {shapes}"
+            )
         optimizer.state[parameter] = {
             "step": count,
             "exp_avg": torch.empty_like(parameter, requires_grad=False).copy_(first),
@@ -94,12 +104,7 @@ def save_segmentation_state(
     Raises:
         FloatingPointError: a weight is not finite; the file that stands already is kept.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise FloatingPointError(
-                f"train: weights must be finite to be saved, got {name} after step {progress.step} "
-                f"with values that are not; {kept(path)}"
-            )
+    check_finite(model, progress.step, path)
     document = {
         **meta,
         "kind": KIND,

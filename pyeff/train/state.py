@@ -70,12 +70,7 @@ def save_state(
     Raises:
         FloatingPointError: a weight is not finite; the file that stands already is kept.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise FloatingPointError(
-                f"train: weights must be finite to be saved, got {name} after step {progress.step} "
-                f"with values that are not; {kept(path)}"
-            )
+    check_finite(model, progress.step, path)
     tensors = {
         **model_tensors(model),
         **optimizer_tensors(model, optimizer),
@@ -139,6 +134,25 @@ def load_state(
         {n.removeprefix(_COUNTS): t for n, t in tensors.items() if n.startswith(_COUNTS)},
     )
     return progress, meta
+
+
+def check_finite(model: nn.Module, step: int, path: Path) -> None:
+    """Refuses to replace a good checkpoint by weights that are spoilt.
+
+    Args:
+        model: about to be saved.
+        step: steps done.
+        path: the checkpoint.
+
+    Raises:
+        FloatingPointError: a weight is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise FloatingPointError(
+                f"train: weights must be finite to be saved, got {name} after step {step} with "
+                f"values that are not; {kept(path)}"
+            )
 
 
 def kept(path: Path) -> str:

@@ -15,6 +15,7 @@ from pyeff.train.segmentation_config import (
 )
 from pyeff.train.segmentation_report import train_and_report_segmentation
 from pyeff.train.segmentation_session import SegmentationSession
+from pyeff.train.segmentation_state import adam_tensors, load_adam_tensors
 from pyeff.train.segmentation_trainer import SegmentationTrainer
 
 
@@ -298,6 +299,27 @@ def test_resuming_another_run_is_refused(tmp_path, streets):
     SegmentationTrainer(config, streets).fit(overwrite=True)
     with pytest.raises(FileNotFoundError, match="must name a checkpoint"):
         SegmentationTrainer(segmentation_config(tmp_path / "none"), streets).fit(resume=True)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    layer = torch.nn.Linear(2, 3)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    whole = adam_tensors(layer, adam)
+    load_adam_tensors(layer, adam, whole)
+    assert {n: t.tolist() for n, t in adam_tensors(layer, adam).items()} == {
+        n: t.tolist() for n, t in whole.items()
+    }
+    some = {n: t for n, t in whole.items() if n != "optimizer.exp_avg_sq.bias"}
+    message = r"resume: bias must have all of Adam's .* shape \[3\], got \[\[3\], None, \[\]\]"
+    with pytest.raises(ValueError, match=message):
+        load_adam_tensors(layer, adam, some)
+    wrong = {**whole, "optimizer.exp_avg.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"weight must have all of .* \[3, 2\], got \[\[2\], "):
+        load_adam_tensors(layer, adam, wrong)
+    load_adam_tensors(layer, adam, {})
+    assert not adam.state
 
 
 def test_resuming_a_run_of_another_kind_is_refused(tmp_path, streets):
