@@ -1,5 +1,6 @@
 """ERFNet: a segmentation network whose blocks are pairs of one-dimensional convolutions."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,9 +90,8 @@ class ERFNet(nn.Module):
         """
         if min(input_size) < 1:
             raise ValueError(f"costs: input_size must be positive, got {input_size}")
-        options = {key: value for key, value in self.config.items() if key != "family"}
-        with torch.device("meta"):
-            model = erfnet(**options).eval()
+        # A copy, as compression may have changed the layers.
+        model = copy.deepcopy(self).to("meta").eval()
         return measure_cost(model, (self.in_channels, *input_size))
 
 
