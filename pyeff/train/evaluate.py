@@ -32,6 +32,8 @@ class LevelResult:
         latency_s: seconds an image, measured; ``None`` if not measured.
         gate: of a HydraNet, what its gate did with the test images, as
             :meth:`pyeff.train.gate_statistics.GateSummary.to_json` gives it.
+        class_mean: mean over the classes of the share of right answers, 0..1: what the accuracy
+            would be if all classes had as many test images.
     """
 
     task: str
@@ -43,9 +45,22 @@ class LevelResult:
     peak_bytes: int
     latency_s: float | None = None
     gate: dict[str, Any] | None = None
+    class_mean: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Accuracies(dict[tuple[str, int], float]):
+    """``(task name, level)`` to the share of right answers, 0..1.
+
+    Attributes:
+        class_mean: by the same keys the mean over the classes of each class's share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_mean: dict[tuple[str, int], float] = {}
 
 
 @contextmanager
@@ -67,7 +82,7 @@ def evaluate(
     processes: Processes | None = None,
     batch_size: int = 500,
     statistics: GateStatistics | None = None,
-) -> dict[tuple[str, int], float]:
+) -> Accuracies:
     """Test accuracy of every (task, level), in the precision of the weights.
 
     Args:
@@ -79,7 +94,8 @@ def evaluate(
         statistics: for a HydraNet: filled with what the gate did, summed over the processes.
 
     Returns:
-        ``(task name, level)`` to the share of right answers, 0..1, alike in every process.
+        ``(task name, level)`` to the share of right answers, 0..1, and the mean over the classes
+        that have test images; alike in every process.
 
     Raises:
         ImportError: torchmetrics is missing.
@@ -87,11 +103,11 @@ def evaluate(
     classification = require("torchmetrics.classification", "train", "to evaluate")
     like = next(model.parameters())
     rank, ranks = (processes.rank, processes.ranks) if processes else (0, 1)
-    results, levels = {}, levels_of(model)
+    results, levels = Accuracies(), levels_of(model)
     with evaluating(model):
         for task in tasks:
             metrics = [
-                classification.MulticlassAccuracy(task.classes, average="micro").to(like.device)
+                classification.MulticlassStatScores(task.classes, average=None).to(like.device)
                 for _ in range(levels)
             ]
             for x, y in _test_batches(task, batch_size, rank, ranks, like):
@@ -101,7 +117,14 @@ def evaluate(
                 for level, metric in enumerate(metrics, start=1):
                     metric.update(call(model, x, task.name, level), y)
             for level, metric in enumerate(metrics, start=1):
-                results[task.name, level] = float(metric.compute())
+                # Columns: right, wrongly this class, rightly another, wrongly another, all of it.
+                scores = metric.compute().double()
+                right, all_of = scores[:, 0], scores[:, 4]
+                present = all_of > 0
+                results[task.name, level] = float(right.sum() / all_of.sum())
+                results.class_mean[task.name, level] = float(
+                    (right[present] / all_of[present]).mean()
+                )
     if statistics is not None and processes is not None:
         statistics.gather(processes)
     return results

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyeff.models.hydranet import HydraNet
 from pyeff.train.batches import seed_of
-from pyeff.train.evaluate import evaluate
+from pyeff.train.evaluate import Accuracies, evaluate
 from pyeff.train.gate_statistics import GateStatistics, GateSummary, statistics_of
 from pyeff.train.hydranet_step import HydraStep
 from pyeff.train.progress_bar import Bar
@@ -79,7 +79,7 @@ class HydraSession(Session):
         if not self.processes.first:
             self.statistics.clear()
 
-    def evaluate(self) -> dict[tuple[str, int], float]:
+    def evaluate(self) -> Accuracies:
         """Test accuracy, and the gate's statistics beside it."""
         statistics = statistics_of(cast(HydraNet, self.model))
         accuracy = evaluate(self.model, self.tasks, processes=self.processes, statistics=statistics)

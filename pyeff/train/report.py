@@ -27,8 +27,9 @@ from pyeff.models.hydranet import HydraNet
 from pyeff.models.nested_resnet import NestedResNet
 from pyeff.ops import backend as forced_backend
 from pyeff.train.branch_plots import plot_branches, plot_use
+from pyeff.train.compression_report import write_compression
 from pyeff.train.config import TrainConfig, config_from_json
-from pyeff.train.evaluate import LevelResult, evaluate
+from pyeff.train.evaluate import Accuracies, LevelResult, evaluate
 from pyeff.train.gate_statistics import GateSummary, statistics_of
 from pyeff.train.network import is_supervised, lay_out
 from pyeff.train.optimizer import decayed_names
@@ -60,6 +61,7 @@ def level_results(
         One entry a task and level, in the order of the tasks.
     """
     results = []
+    class_means = accuracy.class_mean if isinstance(accuracy, Accuracies) else {}
     for task, shape in image_shapes.items():
         for cost in _costs(model, task, shape, measure_latency):
             results.append(
@@ -67,6 +69,7 @@ def level_results(
                     task=task,
                     level=cost.level,
                     accuracy=None if accuracy is None else accuracy[task, cost.level],
+                    class_mean=class_means.get((task, cost.level)),
                     params=cost.params,
                     macs=cost.macs,
                     weight_bytes=cost.weight_bytes,
@@ -116,6 +119,7 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
     columns: list[tuple[str, Callable[[LevelResult], str]]] = [
         ("level", lambda r: str(r.level)),
         ("acc %", lambda r: f"{100 * (r.accuracy or 0):.2f}"),
+        ("class mean %", lambda r: f"{100 * (r.class_mean or 0):.2f}"),
         ("params", lambda r: f"{r.params:,}"),
         ("MACs M", lambda r: f"{r.macs / 1e6:.2f}"),
         ("weights KiB", lambda r: f"{r.weight_bytes / 1024:.1f}"),
@@ -124,6 +128,8 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
     ]
     missing = {
         "acc %": all(r.accuracy is None for r in results),
+        # The same number where all classes have as many test images.
+        "class mean %": all(_same(r.class_mean, r.accuracy) for r in results),
         "ms": all(r.latency_s is None for r in results),
     }
     shown = [(name, text) for name, text in columns if not missing.get(name, False)]
@@ -138,6 +144,10 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
     for result in results:
         if result.gate is not None:
             print_gate(result.gate, console)
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    return one is None or other is None or abs(one - other) < 1e-9
 
 
 def print_gate(gate: Mapping[str, Any], console: Console) -> None:
@@ -297,6 +307,8 @@ def write_report(
     }
     write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     plot_levels(results, out / "levels.png")
+    if result.compressed is not None:
+        write_compression(out, result.records, result.compressed)
     if result.gate is not None:
         owners = cast(HydraNet, result.model).class_group.tolist()
         gate = result.gate.to_json()

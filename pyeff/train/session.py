@@ -13,7 +13,7 @@ from pyeff.models import NestedNet
 from pyeff.nn import synchronise_batch_norm
 from pyeff.train.batches import BatchStream, normalise
 from pyeff.train.calibrate import calibrate
-from pyeff.train.evaluate import evaluate
+from pyeff.train.evaluate import Accuracies, evaluate
 from pyeff.train.gate_statistics import GateSummary
 from pyeff.train.history import History
 from pyeff.train.interrupt import StopRequest, TrainingInterrupted
@@ -40,17 +40,21 @@ class TrainResult:
 
     Attributes:
         model: the trained network, in eval mode, on the training device.
-        accuracy: ``(task name, level)`` to the share of right answers on the test images.
+        accuracy: ``(task name, level)`` to the share of right answers on the test images, with the
+            mean over the classes beside it.
         records: every line of ``metrics.jsonl``.
         seconds: spent in training, over all sessions.
         gate: of a HydraNet, what its gate did with the test images.
+        compressed: of a run with ``compress``, what the reload left: see
+            :meth:`pyeff.compress.Compressed.to_json`.
     """
 
     model: nn.Module
-    accuracy: dict[tuple[str, int], float]
+    accuracy: Accuracies
     records: list[dict[str, Any]]
     seconds: float
     gate: GateSummary | None = None
+    compressed: dict[str, Any] | None = None
 
 
 class Session:
@@ -61,18 +65,9 @@ class Session:
         self.config, self.tasks, self.device = config, trainer.tasks, processes.device
         # One seed for every process: they must start from the same weights.
         torch.manual_seed(config.seed)
-        self.model = build_network(config.model, self.tasks)
         self.dtype = _DTYPES[config.precision]
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model.to(self.device, self.dtype)
-        lay_out(self.model, layout)
+        self.take(build_network(config.model, self.tasks))
         self.levels = levels_of(self.model)
-        self.optimizer = build_optimizer(
-            self.model,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
         self.streams = {
             task.name: BatchStream(
                 task,
@@ -87,8 +82,25 @@ class Session:
         self.progress = Progress.start(len(self.tasks), self.levels)
         first = processes.first
         self.history = History(trainer.out / "metrics.jsonl" if first else None)
+        self.accuracy = Accuracies()
+
+    def take(self, model: nn.Module) -> None:
+        """Makes a network the one that is trained, with a fresh optimiser.
+
+        Args:
+            model: moved to the run's device, precision and memory format.
+        """
+        config = self.config
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, self.dtype)
+        lay_out(self.model, layout)
+        self.optimizer = build_optimizer(
+            self.model,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
         self.step_module, self.wrapped = self._wrap()
-        self.accuracy: dict[tuple[str, int], float] = {}
 
     def _wrap(self) -> tuple[TrainStep, nn.Module | None]:
         config = self.config
@@ -114,7 +126,7 @@ class Session:
             autocast=self.config.precision == "bf16",
         )
 
-    def evaluate(self) -> dict[tuple[str, int], float]:
+    def evaluate(self) -> Accuracies:
         """Test accuracy of every (task, level)."""
         return evaluate(self.model, self.tasks, processes=self.processes)
 
@@ -123,7 +135,13 @@ class Session:
         path = self.trainer.checkpoint
         self.progress, meta = load_state(path, self.model, self.optimizer, self.config.deciding())
         self.history.restart(meta["records"])
-        self.accuracy = {(a["task"], a["level"]): a["accuracy"] for a in meta["accuracy"]}
+        self.accuracy = Accuracies()
+        for known in meta["accuracy"]:
+            key = (known["task"], known["level"])
+            self.accuracy[key] = known["accuracy"]
+            # Older checkpoints have none.
+            if known.get("class_mean") is not None:
+                self.accuracy.class_mean[key] = known["class_mean"]
 
     def save(self) -> None:
         """Writes the checkpoint: the first process does, for all."""
@@ -140,7 +158,12 @@ class Session:
             "tasks": {task.name: task.describe() for task in self.tasks},
             "records": self.history.records,
             "accuracy": [
-                {"task": task, "level": level, "accuracy": value}
+                {
+                    "task": task,
+                    "level": level,
+                    "accuracy": value,
+                    "class_mean": self.accuracy.class_mean.get((task, level)),
+                }
                 for (task, level), value in self.accuracy.items()
             ],
         }
@@ -277,6 +300,9 @@ class Session:
                 "level": level,
                 "train_loss": float(means[row, level - 1]),
                 "test_accuracy": self.accuracy[task.name, level] if evaluated else None,
+                "test_class_mean": (
+                    self.accuracy.class_mean[task.name, level] if evaluated else None
+                ),
                 "lr": self._learning_rate(self.progress.step - 1),
                 "seconds": round(self.progress.seconds, 3),
             }

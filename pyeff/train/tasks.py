@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyeff.train.chars74k import read_chars74k
 from pyeff.train.cifar import read_cifar10, read_cifar100
 from pyeff.train.digits import read_digits
 from pyeff.train.folder import read_folder
 
 _Split = tuple[Tensor, Tensor]
-_SPECS = "cifar100:fine, cifar100:coarse, cifar10, digits:class, digits:parity, NAME=FOLDER"
+_SPECS = (
+    "cifar100:fine, cifar100:coarse, cifar10, chars74k, chars74k:grey, digits:class, "
+    "digits:parity, NAME=FOLDER"
+)
+# Pixels before the random crop; a quarter of the papers' 4 for 8-pixel digits, whose strokes fill
+# the image.
+_PAD = {"digits": 1}
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,10 @@ def load_tasks(
     """Loads every task of a training run.
 
     Args:
-        specs: ``cifar100:fine``, ``cifar100:coarse``, ``cifar10``, ``digits`` or ``digits:class``,
-            ``digits:parity``, ``folder:PATH``, or ``NAME=`` before any of them or before a path.
-        data: the folder that holds the CIFAR folders; relative paths start here.
+        specs: ``cifar100:fine``, ``cifar100:coarse``, ``cifar10``, ``chars74k`` (in colour) or
+            ``chars74k:grey``, ``digits`` or ``digits:class``, ``digits:parity``, ``folder:PATH``,
+            or ``NAME=`` before any of them or before a path.
+        data: the folder that holds the CIFAR folders and chars74k; relative paths start here.
         limit_train: at most this many training images of each task (the first ones).
         limit_test: the same for test images.
         image_size: side in pixels for image folders of mixed sizes.
@@ -106,7 +114,8 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     """Splits a task's words.
 
     Returns:
-        ``(name, kind, argument)`` with kind one of cifar10, cifar100, digits, folder.
+        ``(name, kind, argument)`` with kind one of cifar10, cifar100, chars74k, digits,
+        folder.
 
     Raises:
         ValueError: no such task.
@@ -115,7 +124,12 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     if not equals:
         name, rest = "", spec
     kind, _, argument = rest.partition(":")
-    known = {"cifar10": ("",), "cifar100": ("fine", "coarse"), "digits": ("", "class", "parity")}
+    known = {
+        "cifar10": ("",),
+        "cifar100": ("fine", "coarse"),
+        "chars74k": ("", "grey"),
+        "digits": ("", "class", "parity"),
+    }
     if kind in known:
         if argument not in known[kind]:
             options = ", ".join(f"{kind}:{a}" for a in known[kind] if a) or kind
@@ -141,11 +155,13 @@ def _load(
     readers: dict[str, Callable[[], tuple[_Split, _Split, list[str]]]] = {
         "cifar10": lambda: read_cifar10(data),
         "cifar100": lambda: read_cifar100(data, argument),
+        "chars74k": lambda: read_chars74k(data, argument, image_size),
         "digits": lambda: read_digits(argument or "class"),
         "folder": lambda: read_folder(path, image_size),
     }
     train, test, class_names = readers[kind]()
-    source = f"{kind}:{path}" if kind == "folder" else kind
+    sources = {"folder": f"folder:{path}", "chars74k": f"chars74k:{argument}"}
+    source = sources.get(kind, kind)
     train_images = shared.setdefault(f"{source} train", train[0][:limit_train])
     test_images = shared.setdefault(f"{source} test", test[0][:limit_test])
     mean, std = _moments(train_images)
@@ -157,8 +173,7 @@ def _load(
         test_images=test_images,
         test_labels=test[1][:limit_test],
         class_names=tuple(class_names),
-        # A quarter of the paper's share for 8-pixel digits, whose strokes fill the image.
-        pad=1 if kind == "digits" else 4,
+        pad=_PAD.get(kind, 4),
         # A mirrored digit or letter is another or none; natural images keep their class.
         flip=kind in ("cifar10", "cifar100"),
         mean=mean,

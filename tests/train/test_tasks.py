@@ -178,6 +178,42 @@ def test_broken_image_folder(tmp_path):
         load_tasks([f"pets={tmp_path}"])
 
 
+def characters(root, sizes=(3, 4), classes=("0", "1", "A")):
+    """A tree as chars74k's: so many images of each class to learn from and to test on."""
+    for split, count in zip(("train", "test"), sizes, strict=True):
+        for label, name in enumerate(classes):
+            path = root / "chars74k" / split / name
+            path.mkdir(parents=True)
+            for k in range(count):
+                Image.new("RGB", (8, 8), (100 * label, k, 0)).save(path / f"{k:05d}.png")
+
+
+def test_chars74k_in_colour_and_grey(tmp_path):
+    characters(tmp_path)
+    (task,) = load_tasks(["chars74k"], tmp_path)
+    assert (task.name, task.class_names) == ("chars74k", ("0", "1", "A"))
+    assert (task.image_shape, task.pad, task.flip) == ((3, 8, 8), 4, False)
+    assert task.train_labels.bincount().tolist() == [3, 3, 3]
+    assert task.test_labels.bincount().tolist() == [4, 4, 4]
+    # An image goes with its own label, and a prefix is no single class.
+    assert torch.equal(task.train_images[:, 0, 0, 0].long(), 100 * task.train_labels)
+    assert len(set(load_tasks(["chars74k"], tmp_path, limit_train=6)[0].train_labels.tolist())) > 1
+    (grey,) = load_tasks(["letters=chars74k:grey"], tmp_path, image_size=6)
+    assert (grey.name, grey.image_shape) == ("letters", (1, 6, 6))
+    # 0.299 R + 0.587 G + 0.114 B, with G below 3.
+    luma = (29.9 * grey.train_labels).round()
+    assert bool(((grey.train_images[:, 0, 0, 0].double() - luma).abs() <= 2).all())
+
+
+def test_chars74k_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="chars74k: data must name the folder that holds chars74k"):
+        load_tasks(["chars74k"])
+    with pytest.raises(ValueError, match="chars74k must be a folder with train and val"):
+        load_tasks(["chars74k"], tmp_path)
+    with pytest.raises(ValueError, match="chars74k must be one of chars74k:grey, got 'chars74k:x'"):
+        load_tasks(["chars74k:x"], tmp_path)
+
+
 def test_grey_becomes_colour_beside_colour(cifar):
     grey, colour = load_tasks(["digits", "cifar10"], cifar)
     assert grey.image_shape == (3, 8, 8)
