@@ -1,4 +1,4 @@
-"""`pyeff train dvn|nestednet|backbone|hydranet`: from a folder of images to a trained network."""
+"""`pyeff train dvn|backbone|decomposeme|...`: from a folder of images to a trained network."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pyeff.cli._options import Option, is_given, make_command
 
 train = typer.Typer(
     name="train",
-    help="Train a nested network, a HydraNet, the plain backbone, or ERFNet.",
+    help="Train a nested network, a HydraNet, DecomposeMe, the plain backbone, or ERFNet.",
     no_args_is_help=True,
 )
 
@@ -19,11 +19,16 @@ _RUN: list[Option] = [
         "task",
         list[str],
         ["digits:class", "digits:parity"],
-        "A task, once for each: cifar100:fine, cifar100:coarse, cifar10, digits:class, "
-        "digits:parity (bundled, no files), NAME=FOLDER (train/ and val/ or test/ with one "
-        "folder a class).",
+        "A task, once for each: cifar100:fine, cifar100:coarse, cifar10, chars74k, chars74k:grey, "
+        "digits:class, digits:parity (bundled, no files), NAME=FOLDER (train/ and val/ or test/ "
+        "with one folder a class).",
     ),
-    ("data", str | None, None, "Folder that holds cifar-100-python, cifar-10-batches-py, ..."),
+    (
+        "data",
+        str | None,
+        None,
+        "Folder that holds cifar-100-python, cifar-10-batches-py, chars74k, ...",
+    ),
     ("out", str, "runs/train", "Folder for checkpoint, metrics, table and plots."),
     ("resume", bool, False, "Go on from the checkpoint in --out, with its settings."),
     ("overwrite", bool, False, "Start anew although --out holds a checkpoint."),
@@ -86,7 +91,12 @@ _MODEL_NAMES = {
 _HYDRANET_NAMES = {name: name for name in ("n_b", "k", "w_s", "w_b", "w_g", "gate")} | {
     "depth": "d"
 }
-_MODEL_NAMES_OF = {"hydranet": _HYDRANET_NAMES}
+_PAIR_NAMES = {name: name for name in ("width", "order", "norm", "dense")}
+_MODEL_NAMES_OF = {
+    "hydranet": _HYDRANET_NAMES,
+    "dec3": _PAIR_NAMES,
+    "decomposeme": {**_PAIR_NAMES, "skip": "skip", "pool": "pools"},
+}
 _RENAMED = {"task": "tasks"}
 _ELSEWHERE = ("resume", "overwrite", "backend", "model")
 
@@ -136,14 +146,26 @@ def _config(command: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
         base["out"] = values["out"]
     model = dict(base["model"])
     settings = {k: v for k, v in base.items() if k != "model"}
+    chosen = {name: _as_model_has_it(command, name, value) for name, value in chosen.items()}
     names = _MODEL_NAMES_OF.get(command, _MODEL_NAMES)
     for name, value in chosen.items():
         if name in names:
             if value is not None and value != []:
-                model[names[name]] = value
+                model[names[name]] = None if value == "none" else value
         elif name not in _ELSEWHERE:
             settings[_RENAMED.get(name, name)] = value
     return config_from_json({**settings, "model": model}) if settings else TrainConfig(model=model)
+
+
+def _as_model_has_it(command: str, name: str, value: Any) -> Any:
+    """An option's value where the words of the command line are not the model's or the run's."""
+    from pyeff.train.compress_options import parse_compress
+
+    if name == "compress" and isinstance(value, str):
+        return parse_compress(value)
+    if command == "decomposeme" and name == "width" and value and len(value) == 1:
+        return value[0]
+    return value
 
 
 _SHARING = "Who has its own: private (task and level), task, or shared."
@@ -181,13 +203,89 @@ train.command("nestednet")(
         "--levels 3 --out runs/nestednet",
     )
 )
+
+_COMPRESS: list[Option] = [
+    (
+        "compress",
+        str | None,
+        None,
+        "The network learns its own size: group=auto (neurons vanish), rank=auto (layers of low "
+        "rank), or both with a comma between; a number is a strength of its own. More options: "
+        "alpha, first_layers, first_factor, include_norm, floor, tied, mask, every, form, only_if, "
+        "constants, round_to.",
+    ),
+    ("target-params", float | None, None, "Of --compress: share of the parameters to be left."),
+    (
+        "reload-epoch",
+        int | None,
+        None,
+        "Of --compress: make the network smaller after so many epochs and train it on; by default "
+        "after the last.",
+    ),
+    (
+        "energy",
+        float | None,
+        None,
+        "Of --compress: share of the sum of the singular values that a factored layer keeps; by "
+        "default what --target-params asks for, or 0.9.",
+    ),
+]
+_SMALLER = "--compress group=auto,rank=auto --target-params 0.5 --reload-epoch 5"
 train.command("backbone")(
     _command(
         "backbone",
-        [*_ONE_TASK, *_NETWORK],
+        [*_ONE_TASK, *_NETWORK, *_COMPRESS],
         "Train the plain backbone with the same recipe: one task, one level, the baseline.\n\n"
         "Example: pyeff train backbone --data data --task cifar100:fine --backbone resnet20 "
-        "--epochs 30 --out runs/dense",
+        "--epochs 30 --out runs/dense\n\n"
+        f"Example: pyeff train backbone --data data --task cifar100:fine {_SMALLER} "
+        "--epochs 30 --out runs/smaller",
+    )
+)
+
+_PAIRS: list[Option] = [
+    ("order", str, "vertical_first", "Of the pairs: vertical_first or horizontal_first."),
+    ("norm", str, "both", "Batch norms of a pair: both, inner, outer or none."),
+    ("dense", bool, False, "Ordinary convolutions in place of the pairs, to compare with."),
+]
+train.command("decomposeme")(
+    _command(
+        "decomposeme",
+        [
+            *_ONE_TASK,
+            (
+                "width",
+                list[int] | None,
+                None,
+                "Of the last four layers: 512, 640 or 768; or the widths of all eight, once each.",
+            ),
+            ("skip", bool, False, "Two more pairs after the seventh and the eighth layer."),
+            (
+                "pool",
+                list[int] | None,
+                None,
+                "Numbers of the layers after which maps are halved, once for each.",
+            ),
+            *_PAIRS,
+            *_COMPRESS,
+        ],
+        "Train DecomposeMe: eight pairs of one-dimensional convolutions.\n\n"
+        "Example: pyeff train decomposeme --data data --task cifar100:fine --pool 2 --pool 4 "
+        f"{_SMALLER} --epochs 30 --out runs/decomposeme",
+    )
+)
+train.command("dec3")(
+    _command(
+        "dec3",
+        [
+            *_ONE_TASK,
+            ("width", int, 512, "Channels of every layer."),
+            *_PAIRS,
+            *_COMPRESS,
+        ],
+        "Train Dec3: three pairs with long kernels, for characters.\n\n"
+        "Example: pyeff train dec3 --data data --task chars74k:grey --image-size 24 "
+        f"{_SMALLER} --epochs 15 --out runs/dec3",
     )
 )
 

@@ -1,12 +1,10 @@
 """Pictures of a HydraNet's branches: how much each is used, and which classes it serves."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyeff._extras import require
-from pyeff.checkpoint import write_bytes_atomically
+from pyeff.train.picture import new_figure, write_picture
 
 
 def plot_use(gate: Mapping[str, Any], path: Path, *, title: str | None = None) -> None:
@@ -20,7 +18,7 @@ def plot_use(gate: Mapping[str, Any], path: Path, *, title: str | None = None) -
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure(8, 3.4)
+    figure = new_figure(8, 3.4)
     axes = figure.subplots()
     use = [100 * share for share in gate["use"]]
     dead = set(gate["dead"])
@@ -31,7 +29,7 @@ def plot_use(gate: Mapping[str, Any], path: Path, *, title: str | None = None) -
     axes.set_ylabel("share of (image, branch) pairs, %")
     axes.set_xticks(range(len(use)))
     axes.set_title(title or f"entropy of use: {gate['entropy']:.3f} of log n_b (dashed: even use)")
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def plot_branches(
@@ -63,7 +61,7 @@ def plot_branches(
     owners = best if class_groups is None else class_groups
     order = sorted(range(len(serves)), key=lambda c: (owners[c], -serves[c][owners[c]], c))
     # Classes lie along the longer side; a name needs about a seventh of an inch.
-    figure = _figure(2.2 + 0.26 * n_b, max(3.2, 1.4 + 0.135 * len(order)))
+    figure = new_figure(2.2 + 0.26 * n_b, max(3.2, 1.4 + 0.135 * len(order)))
     axes = figure.subplots()
     shares = [[100 * share for share in serves[c]] for c in order]
     image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=100)
@@ -83,21 +81,4 @@ def plot_branches(
     bar.set_label("images of the class\nthat run the branch, %")
     if title:
         figure.suptitle(title)
-    _write(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    require("matplotlib", "train", "to draw plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    # The canvas is named, so that no window system is asked for.
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=120)
-    write_bytes_atomically(path, picture.getvalue())
+    write_picture(figure, path)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pyeff.train.compress_options import check_compress
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("multistep", "cosine", "onecycle", "constant"),
     "level_rule": ("sum", "sandwich"),
@@ -72,6 +74,14 @@ class TrainConfig:
         limit_test: at most this many test images of each task.
         image_size: side in pixels for image folders of mixed sizes.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
+        compress: the network learns its own size: options of
+            :func:`pyeff.train.compress_options.check_compress`, such as
+            ``{"group": "auto", "rank": "auto"}``; ``None`` trains it as it is.
+        target_params: of the same: share of the parameters that shall be left.
+        reload_epoch: of the same: after so many epochs dead neurons are removed and layers of low
+            rank factored, and the smaller network is trained on; ``None`` does so after the last.
+        energy: of the same: share of the sum of its singular values that a factored layer keeps;
+            ``None`` for the largest one that meets ``target_params``, or 0.9 without a target.
         save_every: epochs between two checkpoints; the last epoch is always saved.
         device: ``cpu``, ``cuda``, or ``auto``.
         progress: show a progress bar (on a terminal only).
@@ -118,6 +128,10 @@ class TrainConfig:
     limit_train: int | None = None
     limit_test: int | None = None
     image_size: int | None = None
+    compress: Mapping[str, Any] | None = None
+    target_params: float | None = None
+    reload_epoch: int | None = None
+    energy: float | None = None
     eval_every: int = 1
     save_every: int = 1
     device: str = "auto"
@@ -154,12 +168,36 @@ class TrainConfig:
             "family" in self.model,
             "have a family (dvn, nestednet, backbone, hydranet_resnet, ...)",
         )
+        self._check_compression()
         learned = self.model.get("gate", "supervised") != "supervised"
         _check(
             self,
             "teacher_forcing_epochs",
             not (learned and self.teacher_forcing_epochs),
             "be 0 for a gate that learns from the task's loss",
+        )
+
+    def _check_compression(self) -> None:
+        if self.compress is None:
+            for name in ("target_params", "reload_epoch", "energy"):
+                _check(self, name, getattr(self, name) is None, "be left out without compress")
+            return
+        object.__setattr__(self, "compress", check_compress(self.compress))
+        target, epoch, energy = self.target_params, self.reload_epoch, self.energy
+        _check(self, "target_params", target is None or 0 < target < 1, "be in (0, 1)")
+        _check(self, "energy", energy is None or 0 < energy <= 1, "be in (0, 1]")
+        _check(
+            self,
+            "reload_epoch",
+            epoch is None or 1 <= epoch <= self.epochs,
+            f"be in 1..{self.epochs}",
+        )
+        family = str(self.model.get("family"))
+        _check(
+            self,
+            "model",
+            family not in ("dvn", "nestednet", "erfnet") and not family.startswith("hydranet"),
+            "be a classifier of one task and one level to be compressed",
         )
 
     def to_json(self) -> dict[str, Any]:

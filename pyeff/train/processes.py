@@ -1,8 +1,10 @@
 """One process or several: rank, device, and the few sums that ranks exchange."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,6 +68,22 @@ class Processes:
         if self.ranks > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def copy(self, tensors: Sequence[Tensor]) -> None:
+        """Gives every process the values of the first process's tensors, in place."""
+        if self.ranks > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def document(self, document: Any) -> Any:
+        """A JSON-able document of the first process, in every process."""
+        if self.ranks == 1:
+            return document
+        content = json.dumps(document).encode() if self.first else b""
+        size = self.of_first(torch.tensor([len(content)]))
+        held = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
+        held = torch.zeros(int(size), dtype=torch.uint8) if held is None else held
+        return json.loads(bytes(self.of_first(held).cpu().tolist()))
 
     def wait(self) -> None:
         """Returns when every process has come here."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from pyeff.checkpoint import FILE_NAME, MODEL_FILE_NAME
+from pyeff.train.compress_session import CompressSession
 from pyeff.train.config import TrainConfig
 from pyeff.train.hydranet_session import HydraSession
 from pyeff.train.network import build_network, is_hydranet_family, only_task
@@ -93,8 +94,7 @@ class Trainer:
             early = self._needs_reference() and reference.exists() and not self.checkpoint.exists()
             if needs_partition(self.config.model):
                 self._settle_partition(processes, resume, overwrite)
-            hydranet = is_hydranet_family(self.config.model["family"])
-            session = (HydraSession if hydranet else Session)(self, processes)
+            session = self._session_kind()(self, processes)
             if resume and not early:
                 session.restore()
             else:
@@ -104,6 +104,11 @@ class Trainer:
                     (self.out / MODEL_FILE_NAME).unlink(missing_ok=True)
             processes.wait()
             return session.run()
+
+    def _session_kind(self) -> type[Session]:
+        if is_hydranet_family(self.config.model["family"]):
+            return HydraSession
+        return Session if self.config.compress is None else CompressSession
 
     def _needs_reference(self) -> bool:
         config = self.config

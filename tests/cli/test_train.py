@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import pyeff
 from pyeff.cli.main import app
 
 TESTS = Path(__file__).parent.parent
@@ -109,7 +110,44 @@ def test_divergence_is_told(tmp_path):
     assert "at step" in result.output
 
 
-@pytest.mark.parametrize("command", ["dvn", "nestednet", "backbone"])
+def test_decomposeme_and_dec3(tmp_path):
+    short = [*("--epochs", "1", "--batch-size", "32", "--device", "cpu"), *TINY[-6:-2]]
+    widths = [word for w in (4, 4, 4, 4, 8, 8, 8, 8) for word in ("--width", w)]
+    pools = ("--pool", "2", "--pool", "6", "--norm", "none", "--lr", "0.01")
+    result = invoke("train", "decomposeme", *short, *widths, *pools, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    model = pyeff.load(tmp_path / "a").config
+    assert (model["width"], model["pools"], model["norm"]) == ([4] * 4 + [8] * 4, [2, 6], None)
+    result = invoke("train", "dec3", *short, "--width", "8", "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    model = pyeff.load(tmp_path / "b").config
+    assert (model["family"], model["width"], model["in_channels"]) == ("dec3", 8, 1)
+    wrong = invoke("train", "decomposeme", *short, "--width", "7", "--out", tmp_path / "c")
+    assert "width must be 512, 640, 768 or 8 widths, got 7" in wrong.output
+
+
+def test_compress_and_resume_by_name(tmp_path):
+    short = [*("--epochs", "3", "--batch-size", "32", "--device", "cpu"), *TINY[-6:-2]]
+    words = ["--compress", "group=auto,rank=auto", "--target-params", "0.6", "--reload-epoch", "2"]
+    result = invoke("train", "dec3", *short, *words, "--width", "16", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    small = pyeff.load(tmp_path)
+    assert small.config["family"] == "compressed"
+    document = json.loads((tmp_path / "compression.json").read_text())
+    before, after = document["parameters"]
+    assert after == sum(p.numel() for p in small.parameters()) <= 0.6 * before
+    assert {"neurons.png", "live.png", "ranks.png"} <= {p.name for p in tmp_path.iterdir()}
+    again = invoke("train", "dec3", "--resume", "--out", tmp_path)
+    assert again.exit_code == 0, again.output
+    other = invoke("train", "dec3", "--resume", "--energy", "0.5", "--out", tmp_path)
+    assert other.exit_code == 1
+    assert "energy: None in the checkpoint, 0.5 here" in other.output
+    wrong = invoke("train", "dec3", *short, "--compress", "speed=1", "--out", tmp_path / "c")
+    assert wrong.exit_code == 1
+    assert "error: compress: options must be among group" in wrong.output
+
+
+@pytest.mark.parametrize("command", ["dvn", "nestednet", "backbone", "decomposeme", "dec3"])
 def test_help_has_an_example(command):
     result = invoke("train", command, "--help")
     assert result.exit_code == 0
