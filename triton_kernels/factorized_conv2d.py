@@ -97,7 +97,7 @@ def forward(
         inner: None, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
         precision: Products of float32: ``"tf32"`` or ``"ieee"``; None follows
             ``torch.backends.cudnn.conv.fp32_precision``, as torch's own convolution does.
-        fused: One kernel, or two.
+        fused: One kernel, or two; two where its pixels cannot be numbered by 32 bits.
         tile: Instead of the table's choice.
         segment: Pixels that a program of the fused kernel walks over; default: as many as leave
             every multiprocessor a program.
@@ -119,8 +119,7 @@ def forward(
             f"{list(w_second.shape)} of {x.dtype} with stride {window[0]}, got True"
         )
     window = Window(*window)
-    lines = _lines(x, w_first, window)
-    if fused and lines <= INT32_MAX - 512:
+    if fused and _positions(x, w_first, window, segment) <= INT32_MAX:
         return _pair(
             x, w_first, b_first, w_second, epilogue, window, inner, (precision, tile, segment)
         )
@@ -307,11 +306,15 @@ def _line_grad_input(
     return grad_x
 
 
-def _lines(x: Tensor, w_first: Tensor, window: Window) -> int:
-    """Lines of the fused kernel, see its module."""
-    along = x.shape[2] if _is_vertical(w_first) else x.shape[3]
-    rows = output_size(along, 2 * window.padding, 3, 1, window.dilation)
-    return x.shape[0] * rows * window.dilation
+def _positions(x: Tensor, w_first: Tensor, window: Window, segment: int | None) -> int:
+    """The largest number of a line or of a pixel that the fused kernel counts to."""
+    across, along = x.shape[2:] if _is_vertical(w_first) else (x.shape[3], x.shape[2])
+    _, p, d = window
+    rows, cols = (output_size(size, 2 * p, 3, 1, d) for size in (across, along))
+    steps = blocks(cols, d)
+    # The last segment may end past its lines; the last block of lines past all of them.
+    walked = steps + max(steps, segment or 0, 4) + 2
+    return max(x.shape[0] * rows * d + 512, walked * d)
 
 
 def _pair(

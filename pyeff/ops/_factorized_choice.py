@@ -2,7 +2,8 @@
 
 A model of the time that each form takes, from rates that were measured on the device that
 ``tables/cpu.json`` names; ``benchmarks/ops/factorized_forms.py`` measures them and compares. On a
-GPU nothing was measured yet: there the fused kernel runs wherever it can.
+GPU nothing was measured yet: there the fused kernel runs wherever it can and no large dilation
+leaves its lines too short.
 """
 
 from math import ceil
@@ -52,7 +53,12 @@ def forward_form(
     if backend == "triton":
         from pyeff.triton_kernels.factorized_conv2d import can_fuse
 
-        return Form("fused" if can_fuse(w_first, w_second, pair[:3]) else "two", False)
+        height, width = pair.output_size(x.shape, taps_of(w_first))
+        # Along its lines the fused kernel computes six pixels of the middle map for every four of
+        # the result, and no fewer where a line has fewer.
+        worth = (width if is_vertical_first(w_first) else height) > 3 * pair.dilation
+        fused = worth and can_fuse(w_first, w_second, pair[:3])
+        return Form("fused" if fused else "two", False)
     return min(
         estimates(x, w_first, w_second, pair, forced=forced_backend() is not None).items(),
         key=lambda item: item[1],

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pyeff.triton_kernels.tiles import Tile
 from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
 
 pytestmark = pytest.mark.interpreter
+whole = launchers._pair
 
 SMALL = Tile(8, 4, 16, 1, 1)  # several programs in every direction, most of them ragged
 FUSED = {
@@ -118,6 +120,24 @@ def test_results_repeat_bit_for_bit():
     tensors = case.tensors(torch.float32)
     first, again = (on_launcher(case, tensors, fused=True) for _ in range(2))
     assert torch.equal(first, again)
+
+
+def test_a_dilation_beyond_32_bits_times_a_few_is_no_address():
+    """Where the fused kernel would count past 2^31, two kernels run."""
+    near = Case(1, 4, 5, 6, (1, 2), dilation=16, given=ALL)
+    tensors = near.tensors(torch.float32)
+    case = replace(near, dilation=2**29)
+    y = on_launcher(case, tensors, fused=True)
+    assert_close(y, expected(near, tensors), "only the middle tap meets the image", scale=2.0)
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_short_lines_are_not_fused(dilation, monkeypatch):
+    forms = []
+    monkeypatch.setattr(launchers, "_pair", lambda *a: forms.append("fused") or whole(*a))
+    case = Case(1, 4, 5, 6, (2, 7), dilation=dilation)
+    check(case, torch.float32, "cpu", "triton")
+    assert bool(forms) == (dilation == 1)
 
 
 def test_wide_pixel_numbers(monkeypatch):
