@@ -60,7 +60,8 @@ def factorized_conv2d(
     Twice differentiable in every tensor. The backward computes the map between the convolutions
     again instead of storing it; it stores its inputs, and with an outer relu or relu6 the result.
     Deterministic. In float32 the CPU kernels may compute a 3-tap convolution by Winograd's
-    F(4, 3), which ``pyeff.winograd`` turns off.
+    F(4, 3), which ``pyeff.winograd`` turns off; what is not finite then reaches every pixel of the
+    groups of four that read it, as NaN.
 
     Source: Alvarez and Petersson, "DecomposeMe: Simplifying ConvNets for End-to-End Learning",
     2016; Romera et al., "ERFNet: Efficient Residual Factorized ConvNet for Real-Time Semantic
@@ -90,6 +91,8 @@ def factorized_conv2d(
 
 
 _known: KnownCalls[Call] = KnownCalls()
+# A position times a larger one would not fit into 64 bits.
+_LARGEST = 2**31 - 1
 
 
 def _check_tensors(tensors: Tensors) -> None:
@@ -155,6 +158,9 @@ def _pair(
         raise ValueError(
             f'{OP}: padding must be one int, at least 0, "same" or "valid", got {padding!r}'
         )
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        if value > _LARGEST:
+            raise ValueError(f"{OP}: {name} must be at most {_LARGEST}, got {value}")
     for name, activation in (("inner", inner), ("outer", outer)):
         if activation not in ACTIVATIONS:
             names = ", ".join(str(a) for a in ACTIVATIONS)

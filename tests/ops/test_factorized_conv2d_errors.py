@@ -57,6 +57,13 @@ def test_the_call_itself_is_accepted():
         (dict(stride=0), "stride must be one int, at least 1, got 0"),
         (dict(stride=(1, 2)), r"stride must be one int, at least 1, got \(1, 2\)"),
         (dict(dilation=0), "dilation must be one int, at least 1, got 0"),
+        (dict(stride=2**31), "stride must be at most 2147483647, got 2147483648"),
+        (dict(padding=2**31), "padding must be at most 2147483647, got 2147483648"),
+        (dict(padding=0, dilation=2**40), "dilation must be at most 2147483647, got 1099511627776"),
+        (
+            dict(w_first=(6, 4, 5, 1), w_second=(5, 6, 1, 5), dilation=2**30),
+            "padding must be at most 2147483647, got 2147483648",
+        ),
         (dict(dilation=1.5), "dilation must be one int, at least 1, got 1.5"),
         (dict(padding=-1), 'padding must be one int, at least 0, "same" or "valid", got -1'),
         (dict(padding="full"), 'padding must be one int, at least 0, "same" or "valid", got \'f'),
