@@ -292,6 +292,10 @@ class BranchPlan:
                 f"{OP}: x must give every branch {words.format(self.in_channels)}, "
                 f"got {list(shape)}"
             )
+        if not self.vector and (shape[1] < 1 or shape[2] < 1):
+            raise ValueError(
+                f"{OP}: x must have maps of at least one pixel, got {list(shape)} a branch"
+            )
         return [shape]
 
     def _known(self, slot: int, method: str) -> int:

@@ -116,6 +116,11 @@ def _check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
     require(OP, weight.shape[0] > 0, lambda: "weight must have at least one branch, got 0")
     require(
         OP,
+        weight.shape[1] > 0 and weight.shape[2] > 0,
+        lambda: f"weight must have channels, got {list(weight.shape)}",
+    )
+    require(
+        OP,
         weight.shape[3] > 0 and weight.shape[4] > 0,
         lambda: f"weight must have a kernel of 1x1 or more, got {list(weight.shape)}",
     )
@@ -124,6 +129,11 @@ def _check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
         OP,
         x.shape[-3] == channels,
         lambda: f"x must have the {channels} input channels of a branch, got {x.shape[-3]}",
+    )
+    require(
+        OP,
+        x.shape[-2] > 0 and x.shape[-1] > 0,
+        lambda: f"x must have maps of at least one pixel, got {list(x.shape)}",
     )
     if x.dim() == 5:
         require(

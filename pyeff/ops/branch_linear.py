@@ -90,6 +90,11 @@ def _check_shapes(x: Tensor, weight: Tensor, index: Tensor) -> None:
     require(OP, weight.shape[0] > 0, lambda: "weight must have at least one branch, got 0")
     require(
         OP,
+        weight.shape[1] > 0 and weight.shape[2] > 0,
+        lambda: f"weight must have features, got {list(weight.shape)}",
+    )
+    require(
+        OP,
         x.shape[-1] == weight.shape[2],
         lambda: f"x must have the {weight.shape[2]} features of a branch, got {x.shape[-1]}",
     )

@@ -127,6 +127,8 @@ def test_gradcheck(name, backend):
         (dict(x=(2, 3, 4)), r"x must have a row for each of 2 routes, got \[2, 3, 4\]"),
         (dict(x=(3, 4)), r"routes.index must have a row for each of 3 images, got \[2, 2\]"),
         (dict(weight=(0, 6, 4)), "weight must have at least one branch, got 0"),
+        (dict(weight=(3, 0, 4)), r"weight must have features, got \[3, 0, 4\]"),
+        (dict(x=(2, 0), weight=(3, 6, 0)), r"weight must have features, got \[3, 6, 0\]"),
         (dict(index=[[0, 3], [0, 1]]), "routes.index must name branches 0 to 2, got 3"),
         (dict(index=[[0, -1], [0, 1]]), "routes.index must name branches from 0 on, got -1"),
         (dict(x=torch.randn(2, 4).double()), "weight must have the dtype of x, .*float64, got"),
@@ -134,8 +136,12 @@ def test_gradcheck(name, backend):
     ],
 )
 def test_refuses_what_does_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=f"branch_linear: {message}"):
-        call(**arguments)
+    for backend in ("reference", "torch", "cpp"):
+        with (
+            pyeff.backend(backend),
+            pytest.raises(ValueError, match=f"branch_linear: {message}"),
+        ):
+            call(**arguments)
 
 
 @pytest.mark.parametrize(

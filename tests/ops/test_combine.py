@@ -18,6 +18,8 @@ PROBLEMS = {  # images, routes, branches, features, outputs
     "one image": (1, 4, 20, 64, 100),
     "cifar": (16, 4, 20, 64, 100),
     "all branches": (3, 6, 6, 33, 70),
+    "no features": (3, 2, 4, 0, 5),
+    "no outputs": (3, 2, 4, 5, 0),
 }
 NAMES = ("y", "projection", "bias", "weight")
 
@@ -27,7 +29,7 @@ def problem(name, dtype, device="cpu"):
     n, k, branches, features, outputs = PROBLEMS[name]
     index = torch.randint(0, branches, (n, k), dtype=torch.int32)
     y = torch.randn(n, k, features)
-    projection = torch.randn(branches, outputs, features) / (k * features) ** 0.5
+    projection = torch.randn(branches, outputs, features) / max(1, k * features) ** 0.5
     tensors = (y, projection, torch.randn(outputs), torch.rand(n, k) + 0.5)
     return [t.to(device, dtype) for t in tensors], index.to(device)
 
