@@ -10,7 +10,7 @@ from torch import Tensor
 from pyeff import _C
 from pyeff.ops import _branch_combine_torch as aten
 from pyeff.ops._branch_index import check_known_values, kernel_index
-from pyeff.ops._dispatch import choose, forced_backend
+from pyeff.ops._dispatch import choose, forced_backend, refuse_cuda
 from pyeff.ops._eager import needs_composition
 from pyeff.ops._packed import packed_weight
 from pyeff.ops._register import register
@@ -76,7 +76,7 @@ def _forward(
     if name == "triton":
         result: Tensor = _triton().forward(y, projection, bias, index, weight)
         return result
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     if name == "reference":
         return reference(y, projection, bias, index, weight)
     return aten.forward(y, projection, bias, index, weight)
@@ -113,7 +113,7 @@ def _grad_input(
         )
         none = y.new_empty(0)
         return grad_y if need_y else none, grad_weight if need_weight else none
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     return aten.grad_input(grad_out, y, projection, index, weight, need_y, need_weight)
 
 
@@ -137,7 +137,7 @@ def _grad_projection(
         size = (branches, grad_out.shape[1], y.shape[2])
         result: Tensor = _triton().grad_projection(grad_out, y, size, index, weight)
         return result
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     return aten.grad_projection(grad_out, y, index, weight, branches)
 
 
@@ -149,13 +149,6 @@ def _triton() -> ModuleType:
     from pyeff.triton_kernels import combine as kernels  # only where it is asked for
 
     return kernels
-
-
-def _refuse_cuda(name: str) -> None:
-    if name == "cuda":
-        raise NotImplementedError(
-            f"{OP}: backend cuda has no kernels for this operator yet; use triton or torch"
-        )
 
 
 # --- registered operators -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyeff import _C
 from pyeff.ops import _branch_conv2d_torch as aten
 from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps, map_strides
-from pyeff.ops._dispatch import choose
+from pyeff.ops._dispatch import choose, refuse_cuda
 from pyeff.ops._packed import packed_weight
 from pyeff.reference.branch_conv2d import branch_conv2d as reference
 
@@ -44,7 +44,7 @@ def forward(
         return cpp_forward(_cpp(x, weight, index, conv), x, weight, packed, bias, index)
     if name == "triton":
         return _triton().forward(channels_innermost(x), weight, bias, index, *conv)
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     if name == "reference":
         return by_reference(x, weight, bias, index, conv)
     return aten.forward(x, weight, bias, index, conv)
@@ -74,7 +74,7 @@ def grad_input(
         return grad_x
     if name == "triton":
         return _triton().grad_input(channels_innermost(grad_y), weight, shape, index, *conv)
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     return aten.grad_input(grad_y, weight, index, shape, conv)
 
 
@@ -111,7 +111,7 @@ def grad_weight(
         if not with_bias:
             return result, x.new_empty(0)
         return result, kernels.grad_bias(grad_y, index, size[0], plan=plan)
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     bias = bias_gradient(grad_y, index, size[0]) if with_bias else x.new_empty(0)
     return aten.grad_weight(grad_y, x, index, size, conv), bias
 
@@ -181,10 +181,3 @@ def _triton() -> ModuleType:
     from pyeff.triton_kernels import branch_conv2d as kernels  # only where it is asked for
 
     return kernels
-
-
-def _refuse_cuda(name: str) -> None:
-    if name == "cuda":
-        raise NotImplementedError(
-            f"{OP}: backend cuda has no kernels for this operator yet; use triton or torch"
-        )

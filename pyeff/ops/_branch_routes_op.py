@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyeff import _C
-from pyeff.ops._dispatch import choose
+from pyeff.ops._dispatch import choose, refuse_cuda
 from pyeff.ops._register import register
 from pyeff.reference.top_k_routes import top_k_routes as reference
 
@@ -26,7 +26,7 @@ def forward(scores: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     if name == "triton":
         index, weight = _triton().forward(scores, k, "softmax" if softmax else "binary")
         return index, weight
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     if scores.is_cpu:
         refuse_nan(scores)
     return reference(scores, k, weights="softmax" if softmax else "binary")
@@ -48,7 +48,7 @@ def _grad_kernel(grad_weight: Tensor, index: Tensor, weight: Tensor, branches: i
     if name == "triton":
         grad: Tensor = _triton().grad_scores(grad_weight, index, weight, branches)
         return grad
-    _refuse_cuda(name)
+    refuse_cuda(OP, name)
     slopes = torch.ops.aten._softmax_backward_data(grad_weight, weight, 1, weight.dtype)
     return _scatter(slopes, index, branches)
 
@@ -111,13 +111,6 @@ def _triton() -> ModuleType:
     from pyeff.triton_kernels import top_k_routes as kernels  # only where it is asked for
 
     return kernels
-
-
-def _refuse_cuda(name: str) -> None:
-    if name == "cuda":
-        raise NotImplementedError(
-            f"{OP}: backend cuda has no kernels for this operator yet; use triton or torch"
-        )
 
 
 forward_op = register(

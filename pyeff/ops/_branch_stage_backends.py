@@ -11,7 +11,7 @@ from pyeff import _C
 from pyeff.ops._branch_native import NativePlan, known, native_plan
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_steps import OP, Shape, Step
-from pyeff.ops._dispatch import choose
+from pyeff.ops._dispatch import choose, refuse_cuda
 from pyeff.reference.branch_stage import ACTIVATE, pool
 from pyeff.reference.branch_stage import branch_stage as reference
 
@@ -42,18 +42,15 @@ def forward(x: Tensor, index: Tensor, plan: BranchPlan, call: Call) -> Tensor:
         threads = torch.get_num_threads()
         _C.branch_stage_forward(native.program, x, index, native.packed, y, threads)
         return y
+    refuse_cuda(OP, name)
     tensors, _ = plan.lower()
     # Parameters may be float32 where x is of half precision.
     wide = x.to(tensors[0].dtype) if tensors else x
     if name == "reference":
         y = reference(wide, index, plan.steps, plan.output, vector=plan.vector)
-    elif name == "torch":
-        y = compose(wide, index, plan, grouped_conv2d)
-    elif name == "triton":
-        y = compose(wide, index, plan, _branch_conv2d(index))
     else:
-        raise NotImplementedError(
-            f"{OP}: backend {name} has no kernels for this operator yet; use triton or torch"
+        y = compose(
+            wide, index, plan, _branch_conv2d(index) if name == "triton" else grouped_conv2d
         )
     y = y.to(x.dtype)
     return y if y.stride() == call.strides else empty_output(y, call.shape).copy_(y)
