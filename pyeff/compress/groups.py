@@ -19,7 +19,7 @@ class ChannelMap:
 
     Attributes:
         groups: every group of channels that can be removed, in the order of the modules.
-        left_out: for each layer with output channels in no group, why.
+        left_out: for each layer of which output channels are in no group, why.
     """
 
     groups: tuple[ChannelGroup, ...]

@@ -127,8 +127,8 @@ def shrink_singular_values(matrix: Tensor, tau: float, *, route: str = "auto") -
         tau: not negative.
         route: ``"svd"``: a singular value decomposition; ``"gram"``: eigenvectors of the smaller of
             M M^T and M^T M, in float64 whatever M's dtype, since squaring halves the digits: good
-            to 1e-8 of the largest singular value; ``"auto"``: the one that is faster on this
-            device, for float64 the decomposition.
+            to 1e-8 of the largest singular value; ``"auto"``: the one that was measured to be
+            faster for the shape on a CPU, for float64 the decomposition.
 
     Returns:
         ``[F, K]`` in M's dtype.
@@ -215,7 +215,10 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _gram_is_faster(matrix: Tensor) -> bool:
-    return matrix.dtype != torch.float64 and min(matrix.shape) > 1
+    # On one Zen 4 core 1.2 to 2.3 times as fast for long matrices from [10, 640] to [768, 2304],
+    # 0.7 to 1.0 times for square ones and [2048, 512]. Not measured on a GPU.
+    small, large = sorted(matrix.shape)
+    return matrix.dtype != torch.float64 and small >= 10 and large >= 3 * small
 
 
 def _rows(name: str, argument: str, z: Tensor) -> Tensor:
