@@ -98,10 +98,9 @@ def remove_dead(
             kept[group.name][f"rounded up to {options.round_to}"] += int(spared.sum())
         gone[group] = chosen & ~spared
     trial = Trial(whole, given, carried, tolerance)
-    gone = trial.largest(gone, kept)
-    made, sources, borders, difference = trial.run(gone)
+    made = trial.largest(gone, kept)
     named = {name: dict(why) for name, why in kept.items() if why}
-    return Removal(made, sources, named, borders, difference, tolerance)
+    return Removal(made.model, made.sources, named, made.borders, made.difference, tolerance)
 
 
 @torch.no_grad()

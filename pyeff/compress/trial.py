@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,31 @@ from pyeff.compress.layer_calls import output_of
 Gone = dict[ChannelGroup, Tensor]  # bool [channels]: which are removed
 
 
+class Removed(NamedTuple):
+    """A network without some channels.
+
+    Attributes:
+        model: the network.
+        sources: as :func:`~pyeff.compress.cut_layers.cut_layers` gives them.
+        borders: whether a folded constant met zero padding.
+        difference: of its outputs from those with the channels there and unread, relative.
+    """
+
+    model: nn.Module
+    sources: dict[str, Tensor]
+    borders: bool
+    difference: float
+
+
 class Trial:
-    """Removes channels from a network and compares; what cannot be removed is found by halves."""
+    """Removes channels from a network and compares; what cannot be removed is found by halves.
+
+    Args:
+        whole: the network; not changed.
+        inputs: of several passes, in the precision to compare in.
+        carried: what the readers of removable channels are given.
+        tolerance: how far the outputs may lie apart, relative.
+    """
 
     def __init__(
         self,
@@ -28,59 +52,66 @@ class Trial:
     ) -> None:
         self.whole, self.inputs, self.carried = whole, inputs, carried
         self.tolerance = tolerance
+        self.before = self._outputs(copy.deepcopy(whole))
         self.norms: dict[str, str] | None = None
 
-    def largest(self, gone: Gone, kept: Mapping[str, Counter[str]]) -> Gone:
-        """The groups that can be removed together; ``kept`` gets the reasons of the others."""
+    def largest(self, gone: Gone, kept: Mapping[str, Counter[str]]) -> Removed:
+        """Removes the groups that can be removed together.
+
+        Args:
+            gone: channels to remove.
+            kept: gets the reasons of the groups that stay.
+        """
         accepted: Gone = {}
+        made = Removed(copy.deepcopy(self.whole), {}, False, 0.0)
         parts = [{group: chosen for group, chosen in gone.items() if chosen.any()}]
         while parts:
             part = parts.pop()
-            reason = self._fails({**accepted, **part})
-            if not reason:
-                accepted |= part
-            elif len(part) == 1:
-                for group, chosen in part.items():
-                    kept[group.name][reason] += int(chosen.sum())
+            if not part:
+                continue
+            try:
+                made = self.remove({**accepted, **part})
+            except Exception as error:
+                # A network that holds its sizes outside of its layers raises anything.
+                reason = f"without them: {type(error).__name__}: {error}"
             else:
-                items = list(part.items())
-                middle = len(items) // 2
+                accepted |= part
+                continue
+            if len(part) > 1:
+                items, middle = list(part.items()), len(part) // 2
                 parts += [dict(items[middle:]), dict(items[:middle])]
-        return accepted
-
-    def _fails(self, gone: Gone) -> str:
-        if not gone:
-            return ""
-        try:
-            difference = self.run(gone)[3]
-        except Exception as error:
-            # A network that holds its sizes outside of its layers raises anything.
-            return f"without them: {type(error).__name__}: {error}"
-        if difference > self.tolerance:
-            return f"without them the outputs differ by {difference:.1e}"
-        return ""
+            for group, chosen in part.items() if len(part) == 1 else ():
+                kept[group.name][reason] += int(chosen.sum())
+        return made
 
     @torch.no_grad()
-    def run(self, gone: Gone) -> tuple[nn.Module, dict[str, Tensor], bool, float]:
-        """The network without the channels, its sources, whether borders differ, and how much."""
-        folded = copy.deepcopy(self.whole)
-        borders = self._fold(folded, gone)
-        made = copy.deepcopy(folded)
-        sources = cut_layers(made, cuts_of(made, gone.items()))
-        (small, full), _ = as_precise([made, folded], self.inputs[0])
-        difference = self._apart(small, full)
-        if not borders:
-            (before, _), _ = as_precise([self.whole, folded], self.inputs[0])
-            shift = self._apart(full, before)
-            # The new biases are rounded to the network's own precision.
-            if shift > max(self.tolerance, rounding(next(folded.parameters()).dtype)):
-                raise ValueError(f"their constants as biases change the outputs by {shift:.1e}")
-        return made, sources, borders, difference
+    def remove(self, gone: Gone) -> Removed:
+        """The network without the channels.
 
-    def _apart(self, one: nn.Module, other: nn.Module) -> float:
-        dtype = next(other.parameters()).dtype
-        given = [tuple(cast_to(x, dtype) for x in example) for example in self.inputs]
-        return max(largest_difference(output_of(one, x), output_of(other, x)) for x in given)
+        Raises:
+            ValueError: its outputs are not what they were, but for borders.
+        """
+        full = copy.deepcopy(self.whole)
+        borders = self._fold(full, gone)
+        made = copy.deepcopy(full)
+        sources = cut_layers(made, cuts_of(made, gone.items()))
+        outputs = self._outputs(full)
+        difference = _apart(self._outputs(copy.deepcopy(made)), outputs)
+        if difference > self.tolerance:
+            raise ValueError(f"the outputs differ by {difference:.1e}")
+        if not borders:
+            shift = _apart(outputs, self.before)
+            # The new biases are rounded to the network's own precision.
+            if shift > max(self.tolerance, rounding(next(self.whole.parameters()).dtype)):
+                raise ValueError(f"their constants as biases change the outputs by {shift:.1e}")
+        return Removed(made, sources, borders, difference)
+
+    def _outputs(self, model: nn.Module) -> list[list[Tensor]]:
+        """What a network, whose precision may be changed, gives for all inputs."""
+        floats = next((x for x in self.inputs[0] if x.is_floating_point()), None)
+        if floats is not None and floats.dtype == torch.float64:
+            model.double()
+        return [output_of(model, x) for x in self.inputs]
 
     def _fold(self, model: nn.Module, gone: Gone) -> bool:
         """Moves constants into readers, in place; whether one met zero padding."""
@@ -103,6 +134,10 @@ class Trial:
     def _native(self) -> Inputs:
         dtype = next(self.whole.parameters()).dtype
         return tuple(cast_to(x, dtype) for x in self.inputs[0])
+
+
+def _apart(found: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> float:
+    return max(largest_difference(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:

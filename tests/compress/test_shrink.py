@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compress.zeroing import kill, parameters, randomise_norms
+from compress.zeroing import assert_lost, kill, parameters, randomise_norms
 from torch import nn
 
 from pyeff.compress import channel_groups
@@ -139,18 +139,14 @@ def test_dead_channels_go_and_the_outputs_stay(name, seed):
     model = network(name)
     torch.manual_seed(seed)
     x = image(model)
-    killed = kill(model, x)
+    lost = kill(model, x)
     before = copy.deepcopy(model.state_dict())
     small, report = shrink_with_report(model, x)
     torch.testing.assert_close(small(x), model(x), rtol=1e-11, atol=1e-11)
-    assert report.kept == {}
+    assert_lost(model, small, report, lost)
     assert report.cut_difference <= report.tolerance == 1e-9
     assert report.difference < 1e-11
-    groups = {group.name: group.channels for group in channel_groups(small, x)}
-    wanted = {g.name: g.channels - killed[g.name] for g in channel_groups(model, x)}
-    assert groups == wanted
     assert parameters(small) < parameters(model)
-    assert report.parameters == (parameters(model), parameters(small))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -223,7 +219,7 @@ def test_the_border_is_what_folding_changes_and_keeping_does_not():
         found[:, :, 1:-1, 1:-1], wanted[:, :, 1:-1, 1:-1], rtol=1e-12, atol=1e-12
     )
     assert report.borders
-    largest = float((found - wanted).abs().max() / wanted.abs().max())
+    largest = float(((found - wanted).abs().max() / wanted.abs().max()).detach())
     assert largest > 0.01
     assert report.difference == pytest.approx(largest)
     assert "borders differ" in str(report)

@@ -19,15 +19,32 @@ def randomise_norms(model):
 
 @torch.no_grad()
 def kill(model, example, share=0.4, include_norm=True):
-    """Sets a share of the channels of every group to zero; how many that are, for each group."""
-    killed = {}
+    """Sets a share of the channels of every group to zero; how many that are, for each layer."""
+    lost = {}
     for group in channel_groups(model, example, include_norm=include_norm):
         number = min(round(share * group.channels), group.channels - 1)
         dead = torch.zeros(group.channels, dtype=torch.bool)
         dead[torch.randperm(group.channels)[:number]] = True
         group.clear(model, dead)
-        killed[group.name] = number
-    return killed
+        for member in group.members:
+            if member.role == "producer":
+                lost[member.name] = lost.get(member.name, 0) + number * member.index.shape[1]
+    return lost
+
+
+def outputs(layer):
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def assert_lost(model, small, report, lost):
+    """Every layer has lost exactly what was zeroed, and says so."""
+    for name, number in lost.items():
+        before, after = outputs(model.get_submodule(name)), outputs(small.get_submodule(name))
+        assert after == before - number, name
+        assert report.channels[name] == (before, after)
+    assert report.kept == {}
+    assert sum(lost.values()) > 0
+    assert report.parameters == (parameters(model), parameters(small))
 
 
 def parameters(model):
