@@ -43,7 +43,8 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
             the members the first has no bias: the zeros around the map between them would make it
             something else than a bias.
         rank: channels L between the members; ``out_channels`` by default.
-        order: ``"vertical_first"`` (n x 1, then 1 x n) or ``"horizontal_first"``.
+        order: ``"vertical_first"`` (n x 1, then 1 x n) or ``"horizontal_first"``; for n = 1
+            they are the same.
         inner: activation between the members: ``"relu"``, ``"relu6"``, ``"silu"``,
             ``"hardswish"`` or ``None``.
         norm: where a batch norm stands: ``"inner"`` (after the first member, before the inner
@@ -104,9 +105,11 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
         self.order, self.inner, self.norm = order, inner, norm
         between = inner is not None or norm in ("inner", "both")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
+        # Single taps have no axis of their own: the operator takes the first one for vertical.
+        vertical_first = order == "vertical_first" or taps == 1
         for name, channels, vertical in (
-            ("first", (in_channels, rank), order == "vertical_first"),
-            ("second", (rank, out_channels), order != "vertical_first"),
+            ("first", (in_channels, rank), vertical_first),
+            ("second", (rank, out_channels), not vertical_first),
         ):
             along = (
                 ((taps, 1), (step, 1), (edge, 0), (spread, 1))

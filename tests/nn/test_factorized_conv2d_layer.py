@@ -73,6 +73,22 @@ def test_equals_its_members(order, norm, train):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("norm", NORMS)
+def test_single_taps_with_padding_are_the_same_in_either_order(norm, stride):
+    """Where the zeros around the middle map meet the inner norm and activation."""
+    options = {"kernel": 1, "padding": 2, "stride": stride, "inner": "silu"}
+    conv = layer(norm, order="horizontal_first", **options)
+    x = images()
+    expected = members(conv, x)
+    assert_same(conv(x), expected)
+    with torch.no_grad():
+        assert_same(conv(x), expected)
+    twin = layer(norm, order="vertical_first", **options)
+    twin.load_state_dict(conv.state_dict())
+    assert_same(twin(x), expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [
