@@ -250,11 +250,14 @@ class ImageConv {
     }
   }
 
-  // Pointwise, stride 1, and all pixels of source and destination evenly spaced.
+  // Pointwise, stride 1, and all pixels of source and destination evenly spaced. The gradient of
+  // one row or column has a single phase whatever the stride, which then is that of the
+  // destination.
   bool one_row_of_pixels() const {
     return plan_.offsets.size() == 1 && plan_.phases.size() == 1 && plan_.dy_min == 0 &&
-           plan_.dx_min == 0 && plan_.step_h == 1 && plan_.step_w == 1 && source_.rows == rows_ &&
-           source_.cols == cols_ && evenly_spaced(source_) && evenly_spaced(dest_);
+           plan_.dx_min == 0 && plan_.step_h == 1 && plan_.step_w == 1 && plan_.dest_step_h == 1 &&
+           plan_.dest_step_w == 1 && source_.rows == rows_ && source_.cols == cols_ &&
+           evenly_spaced(source_) && evenly_spaced(dest_);
   }
   template <typename U>
   static bool evenly_spaced(const Image<U>& image) {

@@ -74,6 +74,10 @@ CASES = {
     "wide row, several pixel tiles": Case(1, 6, 33, (3, 47), padding=1),
     "1x1": Case(2, 20, 36, (5, 7), (1, 1), in_range=(4, 20), out_range=(0, 18)),
     "1x1 strided": Case(2, 20, 36, (5, 7), (1, 1), in_range=(4, 20), stride=2),
+    # Of the gradient of one row or column there is one phase, whatever the stride.
+    "1x1 strided over one pixel": Case(5, 24, 33, (1, 1), (1, 1), stride=2),
+    "1x1 strided over one row": Case(3, 8, 33, (1, 9), (1, 1), stride=(3, 1)),
+    "1x3 strided over one column": Case(1, 17, 16, (10, 1), (1, 3), stride=(1, 2), padding=(0, 1)),
     "stride 2": Case(2, 9, 10, (9, 8), padding=1, stride=2, in_range=(2, 9)),
     "stride 3 and 2, uneven padding": Case(1, 4, 5, (11, 9), padding=(2, 0), stride=(3, 2)),
     "dilated": Case(1, 6, 6, (9, 11), padding=4, dilation=(3, 4)),
