@@ -23,6 +23,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from cpu_rows import (
+    OURS,
+    PEAK,
+    last_cells,
+    measured,
+    output_options,
+    peak,
+    peak_gflops,
+    run_cases,
+    show,
+    speed_cells,
+    write_rows,
+)
 from factorized_ways import (
     EagerPair,
     PairTensors,
@@ -32,27 +45,14 @@ from factorized_ways import (
     make_pair,
     prepacked,
 )
-from timing import (
-    Candidate,
-    Comparison,
-    compare,
-    machine_line,
-    markdown_table,
-    prefer_this_process,
-    write_json,
-    write_text,
-)
+from timing import Candidate, Comparison, compare, machine_line, markdown_table
 
 import pyeff
-from pyeff import _C
 from pyeff.ops import factorized_conv2d
 
 SHAPES = ((16, 256, 512), (64, 128, 256), (128, 64, 128))  # channels, height, width
 DILATIONS = (1, 2, 4, 8, 16)  # of the widest stage; the others have 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEAK = "fma loop"
-PEAK_REPEATS = 20_000
-OURS = "pyeff"
 DIRECT = "pyeff without Winograd"
 PARTS = ("pair", "train")
 NAME = "bench_factorized_conv2d_cpu"
@@ -199,7 +199,7 @@ def measure(case: Case, quick: bool, compiles: bool) -> dict[str, Any]:
         baselines = [name for name in candidates if not name.startswith(OURS)]
         for _ in range(2):  # pyeff packs a weight at its second use
             verify(case, candidates)
-        candidates[PEAK] = lambda: _C.run_fma_loop(PEAK_REPEATS, case.threads)
+        candidates[PEAK] = peak(case.threads)
         result = compare(
             candidates,
             rounds=5 if quick else 15,
@@ -212,45 +212,20 @@ def measure(case: Case, quick: bool, compiles: bool) -> dict[str, Any]:
 
 def row_of(case: Case, result: Comparison, baselines: list[str]) -> dict[str, Any]:
     """Times, ratios and distance to the floor, as JSON takes them."""
-    ours = result.time(OURS)
-    strongest = result.strongest(baselines)
-    over = result.speedup(OURS, strongest)
-    peak = _C.run_fma_loop(PEAK_REPEATS, case.threads) / result.time(PEAK).median / 1e9
+    found = peak_gflops(result, case.threads)
     if case.dtype == "bfloat16" and "avx512_bf16" in cpu_flags():
-        peak *= 2
-    row: dict[str, Any] = {
+        found *= 2
+    return {
         **asdict(case),
-        "ms": ours.median * 1e3,
-        "ms_p10": ours.p10 * 1e3,
-        "ms_p90": ours.p90 * 1e3,
-        "gflops": case.flop / ours.median / 1e9,
-        "peak_gflops": peak,
-        "over_floor": ours.median / (case.flop / peak / 1e9),
-        "strongest": strongest,
-        "over_strongest": over.median,
-        "over_strongest_p10": over.p10,
-        "over_strongest_p90": over.p90,
-        "clean": result.clean,
-        "rounds": len(result.seconds[OURS]),
+        "peak_gflops": found,
+        **measured(result, baselines, case.flop, found),
     }
-    for name in result.seconds:
-        if name not in (OURS, PEAK):
-            row[f"over {name}"] = result.speedup(OURS, name).median
-    return row
 
 
 def cpu_flags() -> str:
     """What Linux says that the processor can do; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.read_text() if cpuinfo.exists() else ""
-
-
-def show(row: dict[str, Any]) -> str:
-    """One line of progress."""
-    ratios = "  ".join(f"{k[5:]} {v:.2f}x" for k, v in row.items() if k.startswith("over "))
-    note = "" if row["clean"] else "  (disturbed)"
-    speed = f"{row['gflops']:6.1f} GF/s of {row['peak_gflops']:.0f}"
-    return f"{row['ms']:9.3f} ms  {speed}  {ratios}{note}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -276,7 +251,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same columns."""
     names = [key for key in rows[0] if key.startswith("over ")]
     columns = ["shape", "dilation", "batch", "threads", "ms", "GF/s", "peak", "x floor", *names]
-    lines = [[*_cells(row), *(f"{row[n]:.2f}" for n in names), *_last(row)] for row in rows]
+    lines = [[*_cells(row), *(f"{row[n]:.2f}" for n in names), *last_cells(row)] for row in rows]
     return markdown_table([*columns, "over the strongest", "disturbed"], lines)
 
 
@@ -286,16 +261,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["dilation"]),
         str(row["batch"]),
         str(row["threads"]),
-        f"{row['ms']:.4g}",
-        f"{row['gflops']:.0f}",
-        f"{row['peak_gflops']:.0f}",
-        f"{row['over_floor']:.2f}",
+        *speed_cells(row, row["peak_gflops"]),
     ]
-
-
-def _last(row: dict[str, Any]) -> list[str]:
-    low, high = row["over_strongest_p10"], row["over_strongest_p90"]
-    return [f"{row['over_strongest']:.2f} [{low:.2f}..{high:.2f}]", "" if row["clean"] else "yes"]
 
 
 def main() -> None:
@@ -303,27 +270,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one thread, batch 1, few rounds")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument("--out", type=Path, help=f"folder for {NAME}.json and {NAME}.md")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    output_options(parser, NAME)
     parser.add_argument("--part", choices=PARTS, help="only this part")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     arguments = parser.parse_args()
-    prefer_this_process()
-    print(machine_line())
-    out: Path | None = arguments.out
-    rows = []
-    for case in cases(arguments.quick):
-        if arguments.part not in (None, case.part) or arguments.dtype not in (None, case.dtype):
-            continue
-        rows.append(measure(case, arguments.quick, not arguments.no_compile))
-        print(case.title(), show(rows[-1]), flush=True)
-        for path in (arguments.json, out and out / f"{NAME}.json"):
-            if path:
-                write_json(path, rows)
-        for path in (arguments.markdown, out and out / f"{NAME}.md"):
-            if path:
-                write_text(path, markdown(rows))
+    chosen = (
+        case
+        for case in cases(arguments.quick)
+        if arguments.part in (None, case.part) and arguments.dtype in (None, case.dtype)
+    )
+    run_cases(
+        chosen,
+        lambda case: measure(case, arguments.quick, not arguments.no_compile),
+        lambda row: show(row, row["peak_gflops"]),
+        lambda rows: write_rows(rows, NAME, arguments, markdown),
+    )
 
 
 if __name__ == "__main__":

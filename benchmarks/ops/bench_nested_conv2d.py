@@ -22,26 +22,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from timing import (
-    Candidate,
-    Comparison,
-    compare,
-    machine_line,
-    markdown_table,
-    prefer_this_process,
-    write_json,
-    write_text,
+from cpu_rows import (
+    OURS,
+    PEAK,
+    last_cells,
+    measured,
+    output_options,
+    peak,
+    peak_gflops,
+    run_cases,
+    show,
+    speed_cells,
+    write_rows,
 )
+from timing import Candidate, Comparison, compare, machine_line, markdown_table
 
 import pyeff
-from pyeff import _C
 from pyeff.ops import nested_conv2d
 
 SHAPES = ((256, 14), (128, 28), (64, 56))  # channels, height = width; 3x3, stride 1, padding 1
 LEVELS = (0.25, 0.5, 1.0)
-PEAK = "fma loop"
-PEAK_REPEATS = 20_000
-OURS = "pyeff"
 NAME = "bench_nested_conv2d_cpu"
 
 
@@ -100,11 +100,6 @@ def prepacked(weight: Tensor, bias: Tensor, x: Tensor) -> Candidate:
     """oneDNN on a compact input with a weight packed for this level alone."""
     packed = onednn_weight(weight, x)
     return lambda: onednn_conv2d(x, packed, bias)
-
-
-def peak(threads: int) -> Candidate:
-    """The floor of this moment: multiply-adds that touch no memory."""
-    return lambda: _C.run_fma_loop(PEAK_REPEATS, threads)
 
 
 def range_candidates(case: Case) -> dict[str, Candidate]:
@@ -242,42 +237,17 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
 
 def row_of(case: Case, result: Comparison, baselines: list[str]) -> dict[str, Any]:
     """Times, ratios and distance to the peak, as JSON takes them."""
-    ours = result.time(OURS)
-    strongest = result.strongest(baselines)
-    over = result.speedup(OURS, strongest)
-    peak_gflops = _C.run_fma_loop(PEAK_REPEATS, case.threads) / result.time(PEAK).median / 1e9
-    row: dict[str, Any] = {
+    found = peak_gflops(result, case.threads)
+    return {
         "part": case.part,
         "channels": case.channels,
         "size": case.size,
         "level": case.level,
         "batch": case.batch,
         "threads": case.threads,
-        "ms": ours.median * 1e3,
-        "ms_p10": ours.p10 * 1e3,
-        "ms_p90": ours.p90 * 1e3,
-        "gflops": case.flop / ours.median / 1e9,
-        "fma_gflops": peak_gflops,
-        "over_floor": ours.median / (case.flop / peak_gflops / 1e9),
-        "strongest": strongest,
-        "over_strongest": over.median,
-        "over_strongest_p10": over.p10,
-        "over_strongest_p90": over.p90,
-        "clean": result.clean,
-        "rounds": len(result.seconds[OURS]),
+        "fma_gflops": found,
+        **measured(result, baselines, case.flop, found),
     }
-    for name in result.seconds:
-        if name not in (OURS, PEAK):
-            row[f"over {name}"] = result.speedup(OURS, name).median
-    return row
-
-
-def show(row: dict[str, Any]) -> str:
-    """One line of progress."""
-    ratios = "  ".join(f"{k[5:]} {v:.2f}x" for k, v in row.items() if k.startswith("over "))
-    note = "" if row["clean"] else "  (disturbed)"
-    speed = f"{row['gflops']:6.1f} GF/s of {row['fma_gflops']:.0f}"
-    return f"{row['ms']:9.4f} ms  {speed}  {ratios}{note}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -301,7 +271,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         text.append(
             markdown_table(
                 [*columns, "over the strongest", "disturbed"],
-                [[*_cells(row), *(f"{row[n]:.2f}" for n in names), *_last(row)] for row in chosen],
+                [
+                    [*_cells(row), *(f"{row[n]:.2f}" for n in names), *last_cells(row)]
+                    for row in chosen
+                ],
             )
         )
     return "\n".join(text)
@@ -313,41 +286,23 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['level']:.0%}",
         str(row["batch"]),
         str(row["threads"]),
-        f"{row['ms']:.4g}",
-        f"{row['gflops']:.0f}",
-        f"{row['fma_gflops']:.0f}",
-        f"{row['over_floor']:.2f}",
+        *speed_cells(row, row["fma_gflops"]),
     ]
-
-
-def _last(row: dict[str, Any]) -> list[str]:
-    low, high = row["over_strongest_p10"], row["over_strongest_p90"]
-    return [f"{row['over_strongest']:.2f} [{low:.2f}..{high:.2f}]", "" if row["clean"] else "yes"]
 
 
 def main() -> None:
     """Runs the cases and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, one thread, few rounds")
-    parser.add_argument("--out", type=Path, help=f"folder for {NAME}.json and {NAME}.md")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    output_options(parser, NAME)
     parser.add_argument("--part", choices=CANDIDATES, help="only this part")
     arguments = parser.parse_args()
-    prefer_this_process()
-    print(machine_line())
-    rows = []
-    for case in cases(arguments.quick):
-        if arguments.part in (None, case.part):
-            rows.append(measure(case, arguments.quick))
-            print(case.title(), show(rows[-1]), flush=True)
-    out: Path | None = arguments.out
-    for path in (arguments.json, out and out / f"{NAME}.json"):
-        if path:
-            write_json(path, rows)
-    for path in (arguments.markdown, out and out / f"{NAME}.md"):
-        if path:
-            write_text(path, markdown(rows))
+    run_cases(
+        (case for case in cases(arguments.quick) if arguments.part in (None, case.part)),
+        lambda case: measure(case, arguments.quick),
+        lambda row: show(row, row["fma_gflops"]),
+        lambda rows: write_rows(rows, NAME, arguments, markdown),
+    )
 
 
 if __name__ == "__main__":
