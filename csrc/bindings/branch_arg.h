@@ -1,13 +1,9 @@
 #pragma once
 // Checks that every binding with routes shares.
 
-#include "bindings/tensor_arg.h"
+#include "bindings/integer_arg.h"
 
 namespace pyeff::bindings {
-
-inline void require_on_cpu(const char* op, const TensorView& t) {
-  if (t.device != Device::kCpu) fail(op, std::string(t.name) + " must be on the CPU");
-}
 
 // [N, k] with k at least 1, int32, contiguous.
 inline void require_index(const char* op, const TensorView& index) {
@@ -29,20 +25,6 @@ inline void require_branches(const char* op, const TensorView& index, std::int64
                  ", got " + std::to_string(value[i]) + " at [" + std::to_string(i / k) + ", " +
                  std::to_string(i % k) + "]");
   }
-}
-
-inline const TensorView* view_or_null(const std::optional<TensorArg>& tensor) {
-  return tensor ? &**tensor : nullptr;
-}
-
-// A packed copy of `elements`, in the accumulator's type of `weight`.
-inline void require_packed(const char* op, const TensorView& packed, const TensorView& weight,
-                           std::int64_t elements) {
-  require_shape(op, packed, {elements});
-  require_contiguous(op, packed);
-  require_on_cpu(op, packed);
-  const Dtype dtype = weight.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  if (packed.dtype != dtype) fail(op, "packed must be float32, or float64 for a float64 weight");
 }
 
 }  // namespace pyeff::bindings

@@ -7,30 +7,17 @@
 namespace pyeff::bindings {
 namespace {
 
-// (stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups, threads), in one tuple
-// because pybind11 converts arguments one by one.
-constexpr int kIntegers = 8;
-
+// (stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups, threads)
 BranchConv2d read_problem(const char* op, const py::tuple& integers) {
-  if (integers.size() != kIntegers) fail(op, "problem must have 8 integers");
-  std::array<std::int64_t, kIntegers> v;
-  for (int i = 0; i < kIntegers; ++i) {
-    v[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers.ptr(), i));
-  }
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  const BranchConv2d conv{{v[0], v[1], v[2], v[3], v[4], v[5]}, v[6], static_cast<int>(v[7])};
-  const ConvWindow& w = conv.window;
-  if (w.stride_h < 1 || w.stride_w < 1 || w.dilation_h < 1 || w.dilation_w < 1) {
-    fail(op, "stride and dilation must be at least 1");
-  }
-  if (conv.groups < 1) fail(op, "groups must be at least 1");
-  if (conv.threads < 1) fail(op, "threads must be at least 1");
-  return conv;
+  const auto v = read_integers<8>(op, integers);
+  return {read_window(op, v.data()), read_groups(op, v[6]), read_threads(op, v[7])};
 }
 
 void check_weight(const char* op, const TensorView& weight, std::int64_t groups) {
-  if (groups < 1) fail(op, "groups must be at least 1");
   if (weight.ndim != 5) fail(op, "weight must have 5 dimensions [B, O, C / groups, kh, kw]");
+  for (int d = 0; d < weight.ndim; ++d) {
+    if (weight.shape[d] < 1) fail(op, "weight must have branches, channels and a kernel");
+  }
   if (weight.shape[1] % groups != 0) fail(op, "groups must divide the weight's output channels");
   if (!is_floating_point(weight.dtype)) fail(op, "weight must be a floating-point tensor");
   require_contiguous(op, weight);
@@ -66,9 +53,8 @@ void require_band(const char* op, const TensorView& dest, std::int64_t stride_h,
   const double rows = side(dest.shape[dest.ndim - 2], stride_h, weight.shape[3], w.dilation_h);
   const double cols = side(dest.shape[dest.ndim - 1], stride_w, weight.shape[4], w.dilation_w);
   const double channels = double(weight.shape[1] + weight.shape[2] * conv.groups) + 64;
-  constexpr double kMostElements = 1e15, kMostPadding = 1e15;
-  if (rows * cols * channels > kMostElements || std::fabs(double(w.pad_top)) > kMostPadding ||
-      std::fabs(double(w.pad_left)) > kMostPadding) {
+  constexpr double kMostElements = 1e15;
+  if (rows * cols * channels > kMostElements) {
     fail(op, "stride, padding and dilation must give maps that fit into memory");
   }
 }
@@ -101,16 +87,17 @@ void require_bias(const char* op, const std::optional<TensorArg>& bias, const Te
 }
 
 std::int64_t packed_elements(py::handle weight_, std::int64_t groups) {
+  constexpr const char* op = "branch_conv2d_packed_elements";
   const TensorArg weight(weight_, "weight");
-  check_weight("branch_conv2d_packed_elements", weight, groups);
+  check_weight(op, weight, read_groups(op, groups));
   return cpu::branch_conv2d_packed_elements(weight, groups);
 }
 
-void pack(py::handle weight_, py::handle packed_, std::int64_t groups, int threads) {
+void pack(py::handle weight_, py::handle packed_, std::int64_t groups, std::int64_t threads_) {
   constexpr const char* op = "branch_conv2d_pack";
   const TensorArg weight(weight_, "weight"), packed(packed_, "packed");
-  check_weight(op, weight, groups);
-  if (threads < 1) fail(op, "threads must be at least 1");
+  check_weight(op, weight, read_groups(op, groups));
+  const int threads = read_threads(op, threads_);
   require_packed(op, packed, weight, cpu::branch_conv2d_packed_elements(weight, groups));
   const py::gil_scoped_release no_gil;
   cpu::branch_conv2d_pack(weight, packed, groups, threads);

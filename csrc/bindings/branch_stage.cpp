@@ -2,21 +2,17 @@
 
 #include <pybind11/stl.h>
 
-#include "bindings/tensor_arg.h"
+#include "bindings/branch_arg.h"
 
 namespace pyeff::bindings {
 namespace {
 
 constexpr const char* kOp = "branch_stage";
 
-void require_on_cpu(const TensorView& t) {
-  if (t.device != Device::kCpu) fail(kOp, std::string(t.name) + " must be on the CPU");
-}
-
 void require_packed(const StageProgram& program, const TensorView& packed) {
   require_shape(kOp, packed, {cpu::branch_stage_packed_elements(program)});
   require_contiguous(kOp, packed);
-  require_on_cpu(packed);
+  require_on_cpu(kOp, packed);
   if (packed.dtype != Dtype::kFloat32 && packed.dtype != Dtype::kFloat64) {
     fail(kOp, "packed must be float32 or float64");
   }
@@ -40,16 +36,17 @@ void check_parameters(const StageProgram& program, const StageStep& step,
   }
 }
 
-void pack(const StageProgram& program, const py::list& list, py::handle packed_, int threads) {
+void pack(const StageProgram& program, const py::list& list, py::handle packed_,
+          std::int64_t threads_) {
   const TensorArg packed(packed_, "packed");
-  if (threads < 1) fail(kOp, "threads must be at least 1");
+  const int threads = read_threads(kOp, threads_);
   if (program.tensor_count > static_cast<int>(list.size())) {
     fail(kOp, "tensors must be those of the program");
   }
   std::vector<TensorView> tensors;
   for (const py::handle tensor : list) tensors.push_back(*TensorArg(tensor, "tensors"));
   for (const TensorView& t : tensors) {
-    require_on_cpu(t);
+    require_on_cpu(kOp, t);
     require_like(kOp, t, tensors.front());
     if (!is_floating_point(t.dtype)) fail(kOp, "tensors must be floating-point tensors");
   }
@@ -67,21 +64,12 @@ void pack(const StageProgram& program, const py::list& list, py::handle packed_,
 void check_index(const StageProgram& program, const TensorView& index, const TensorView& x) {
   const bool per_pair = x.ndim == (program.vector ? 3 : 5);
   require_shape(kOp, index, {x.shape[0], per_pair ? x.shape[1] : index.shape[1]});
-  require_contiguous(kOp, index);
-  require_on_cpu(index);
-  if (index.dtype != Dtype::kInt32) fail(kOp, "index must be int32");
-  const auto* branches = index.as<const std::int32_t>();
-  for (std::int64_t i = 0; i < index.shape[0] * index.shape[1]; ++i) {
-    if (branches[i] < 0 || branches[i] >= program.branches) {
-      fail(kOp, "routes.index must name branches 0 to " + std::to_string(program.branches - 1) +
-                    ", got " + std::to_string(branches[i]));
-    }
-  }
+  require_branches(kOp, index, program.branches);
 }
 
 void check_input(const StageProgram& program, const TensorView& x) {
   const int rank = program.vector ? 2 : 4, channel = program.vector ? x.ndim - 1 : x.ndim - 3;
-  require_on_cpu(x);
+  require_on_cpu(kOp, x);
   if (x.ndim != rank && x.ndim != rank + 1) fail(kOp, "x must have the rank of the program");
   if (x.shape[channel] != program.in_channels) {
     fail(kOp, "x must have the channels of the program");
@@ -114,10 +102,10 @@ void check_output(const StageProgram& program, const TensorView& x, const Tensor
 }
 
 void forward(const StageProgram& program, py::handle x_, py::handle index_, py::handle packed_,
-             py::handle y_, int threads) {
-  const TensorArg x(x_, "x"), index(index_, "index"), packed(packed_, "packed"), y(y_, "y");
-  if (threads < 1) fail(kOp, "threads must be at least 1");
-  if (index->ndim != 2) fail(kOp, "index must be [N, k]");
+             py::handle y_, std::int64_t threads_) {
+  const TensorArg x(x_, "x"), index(index_, "routes.index"), packed(packed_, "packed"), y(y_, "y");
+  const int threads = read_threads(kOp, threads_);
+  require_index(kOp, index);
   check_input(program, x);
   check_index(program, index, x);
   check_output(program, x, index, y);

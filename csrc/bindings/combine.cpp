@@ -26,11 +26,12 @@ void require_dense(const char* op, const TensorView& t, std::initializer_list<st
 // What every direction has in common; `projection` is its gradient in one of them.
 struct Call {
   Call(const char* op, py::handle projection_, const char* projection_name, py::handle y_,
-       py::handle index_, py::handle route_weight_, int threads)
+       py::handle index_, py::handle route_weight_, std::int64_t threads_)
       : projection(projection_, projection_name),
         y(y_, "y"),
         index(index_, "routes.index"),
-        route_weight(route_weight_, "routes.weight") {
+        route_weight(route_weight_, "routes.weight"),
+        threads(read_threads(op, threads_)) {
     if (projection->ndim != 3) {
       fail(op, std::string(projection_name) + " must have 3 dimensions [B, O, F]");
     }
@@ -43,7 +44,6 @@ struct Call {
     require_branches(op, index, projection->shape[0]);
     require_rows(op, y, index, projection);
     require_dense(op, route_weight, {index->shape[0], index->shape[1]}, projection);
-    if (threads < 1) fail(op, "threads must be at least 1");
   }
 
   void require_output(const char* op, const TensorView& out) const {
@@ -51,10 +51,11 @@ struct Call {
   }
 
   TensorArg projection, y, index, route_weight;
+  int threads;
 };
 
 void forward(py::handle y, py::handle projection, py::handle packed_, py::handle bias_,
-             py::handle index, py::handle route_weight, py::handle out_, int threads) {
+             py::handle index, py::handle route_weight, py::handle out_, std::int64_t threads) {
   constexpr const char* op = "combine";
   const Call call(op, projection, "projection", y, index, route_weight, threads);
   const TensorArg out(out_, "out");
@@ -69,12 +70,12 @@ void forward(py::handle y, py::handle projection, py::handle packed_, py::handle
   }
   const py::gil_scoped_release no_gil;
   cpu::combine_forward(call.y, call.projection, view_or_null(packed), view_or_null(bias),
-                       call.index, call.route_weight, out, threads);
+                       call.index, call.route_weight, out, call.threads);
 }
 
 void grad_input(py::handle grad_out_, py::handle y, py::handle projection, py::handle index,
                 py::handle route_weight, py::handle grad_y_, py::handle grad_route_weight_,
-                int threads) {
+                std::int64_t threads) {
   constexpr const char* op = "combine_grad_input";
   const Call call(op, projection, "projection", y, index, route_weight, threads);
   const TensorArg grad_out(grad_out_, "grad_out");
@@ -88,18 +89,18 @@ void grad_input(py::handle grad_out_, py::handle y, py::handle projection, py::h
   }
   const py::gil_scoped_release no_gil;
   cpu::combine_grad_input(grad_out, call.y, call.projection, call.index, call.route_weight,
-                          view_or_null(grad_y), view_or_null(grad_route_weight), threads);
+                          view_or_null(grad_y), view_or_null(grad_route_weight), call.threads);
 }
 
 void grad_projection(py::handle grad_out_, py::handle y, py::handle index, py::handle route_weight,
-                     py::handle grad_projection_, int threads) {
+                     py::handle grad_projection_, std::int64_t threads) {
   constexpr const char* op = "combine_grad_projection";
   const Call call(op, grad_projection_, "grad_projection", y, index, route_weight, threads);
   const TensorArg grad_out(grad_out_, "grad_out");
   call.require_output(op, grad_out);
   const py::gil_scoped_release no_gil;
   cpu::combine_grad_projection(grad_out, call.y, call.index, call.route_weight, call.projection,
-                               threads);
+                               call.threads);
 }
 
 }  // namespace

@@ -5,20 +5,6 @@
 namespace pyeff::bindings {
 namespace {
 
-// Reads `count` integers of a call from one tuple, which pybind11 converts faster than arguments.
-template <std::size_t kCount>
-std::array<std::int64_t, kCount> read_integers(const char* op, const py::tuple& integers) {
-  if (integers.size() != kCount) {
-    fail(op, "problem must have " + std::to_string(kCount) + " integers");
-  }
-  std::array<std::int64_t, kCount> v;
-  for (std::size_t i = 0; i < kCount; ++i) {
-    v[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers.ptr(), i));
-  }
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return v;
-}
-
 Activation read_activation(const char* op, std::int64_t number) {
   if (number < 0 || number > static_cast<int>(Activation::kHardswish)) {
     fail(op, "inner and outer must be activations from 0 to 4");
@@ -30,15 +16,13 @@ Activation read_activation(const char* op, std::int64_t number) {
 struct Problem {
   Problem(const char* op, const py::tuple& integers) {
     const auto v = read_integers<7>(op, integers);
-    if (v[0] < 1 || v[2] < 1) fail(op, "stride and dilation must be at least 1");
-    if (v[1] < 0) fail(op, "padding must be at least 0");
-    constexpr std::int64_t kLargest = std::int64_t{1} << 31;  // positions must not overflow
-    if (v[0] >= kLargest || v[1] >= kLargest || v[2] >= kLargest) {
-      fail(op, "stride, padding and dilation must be below 2^31");
-    }
-    if (v[6] < 1) fail(op, "threads must be at least 1");
     outer = read_activation(op, v[4]);
-    conv = {v[0], v[1], v[2], read_activation(op, v[3]), v[5] != 0, static_cast<int>(v[6])};
+    conv = {require_integer(op, "stride", v[0], 1),
+            require_integer(op, "padding", v[1], 0),
+            require_integer(op, "dilation", v[2], 1),
+            read_activation(op, v[3]),
+            v[5] != 0,
+            read_threads(op, v[6])};
   }
 
   FactorizedConv2d conv;
@@ -50,8 +34,8 @@ void check_weight(const char* op, const TensorView& weight) {
   if (weight.ndim != 4 || (weight.shape[2] != 1 && weight.shape[3] != 1)) {
     fail(op, std::string(weight.name) + " must be [O, I, n, 1] or [O, I, 1, n]");
   }
-  if (weight.shape[2] < 1 || weight.shape[3] < 1) {
-    fail(op, std::string(weight.name) + " must have at least one tap");
+  for (int d = 0; d < weight.ndim; ++d) {
+    if (weight.shape[d] < 1) fail(op, std::string(weight.name) + " must have channels and taps");
   }
   if (!is_floating_point(weight.dtype)) {
     fail(op, std::string(weight.name) + " must be a floating-point tensor");

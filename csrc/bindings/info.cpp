@@ -1,7 +1,7 @@
 // What was built and what this machine can run.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/integer_arg.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "pyeff/config.h"
@@ -9,8 +9,6 @@
 
 namespace pyeff::bindings {
 namespace {
-
-namespace py = pybind11;
 
 py::dict cuda_info() {
   py::dict info;
@@ -53,10 +51,10 @@ void bind_info(py::module_& m) {
   m.def("isa", [] { return cpu::isa_name(cpu::isa()); }, "The instruction set in use.");
   m.def(
       "run_fma_loop",
-      [](std::int64_t repeats, int threads) {
-        if (repeats < 1 || threads < 1) {
-          throw py::value_error("run_fma_loop: repeats and threads must be at least 1");
-        }
+      [](std::int64_t repeats, std::int64_t threads_) {
+        constexpr const char* op = "run_fma_loop";
+        if (repeats < 1) fail(op, "repeats must be at least 1, got " + std::to_string(repeats));
+        const int threads = read_threads(op, threads_);
         const py::gil_scoped_release no_gil;
         return cpu::run_fma_loop(repeats, threads);
       },

@@ -1,42 +1,27 @@
 #include "pyeff/nested_conv2d.h"
 
-#include "bindings/tensor_arg.h"
+#include "bindings/integer_arg.h"
 
 namespace pyeff::bindings {
 namespace {
 
-// The integers of a call in one tuple: pybind11 converts arguments one by one, and seventeen of
-// them would cost more than a small convolution.
 // (in_lo, in_count, out_lo, out_count, stride_h, stride_w, pad_top, pad_left, dilation_h,
 //  dilation_w, groups, threads)
-constexpr int kIntegers = 12;
-
 NestedConv2d read_problem(const char* op, const py::tuple& integers) {
-  if (integers.size() != kIntegers) fail(op, "problem must have 12 integers");
-  std::array<std::int64_t, kIntegers> v;
-  for (int i = 0; i < kIntegers; ++i) {
-    v[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers.ptr(), i));
-  }
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  const auto v = read_integers<12>(op, integers);
   NestedConv2d conv{};
   conv.in = {v[0], v[1], nullptr};
   conv.out = {v[2], v[3], nullptr};
-  conv.window = {v[4], v[5], v[6], v[7], v[8], v[9]};
-  conv.groups = v[10];
-  conv.threads = static_cast<int>(v[11]);
-  const ConvWindow& w = conv.window;
-  if (w.stride_h < 1 || w.stride_w < 1 || w.dilation_h < 1 || w.dilation_w < 1) {
-    fail(op, "stride and dilation must be at least 1");
-  }
-  if (conv.groups < 1) fail(op, "groups must be at least 1");
-  if (conv.threads < 1) fail(op, "threads must be at least 1");
+  conv.window = read_window(op, &v[4]);
+  conv.groups = read_groups(op, v[10]);
+  conv.threads = read_threads(op, v[11]);
   return conv;
 }
 
 void select(const char* op, const std::optional<TensorArg>& index, std::int64_t channels,
             ChannelSelection& selection) {
   if (!index) {
-    if (selection.lo < 0 || selection.count < 0 || selection.lo + selection.count > channels) {
+    if (selection.lo < 0 || selection.count < 0 || selection.lo > channels - selection.count) {
       fail(op, "a range must lie within the channels of the weight");
     }
     return;
@@ -52,10 +37,6 @@ void select(const char* op, const std::optional<TensorArg>& index, std::int64_t 
       fail(op, std::string(t.name) + " must name channels of the weight");
     }
   }
-}
-
-void require_on_cpu(const char* op, const TensorView& t) {
-  if (t.device != Device::kCpu) fail(op, std::string(t.name) + " must be on the CPU");
 }
 
 // [N, C, H, W] with the channels side by side; rows, columns and images may be strided.
@@ -79,6 +60,7 @@ void check_weight(const char* op, const TensorView& weight, std::int64_t groups)
 void check_groups(const char* op, const NestedConv2d& conv, const TensorView& weight) {
   if (conv.groups == 1) return;
   const std::int64_t in_group = weight.shape[1], out_group = weight.shape[0] / conv.groups;
+  if (in_group < 1 || out_group < 1) fail(op, "weight must have channels in every group");
   const bool whole = conv.in.lo % in_group == 0 && conv.in.count % in_group == 0 &&
                      conv.out.lo % out_group == 0 && conv.out.count % out_group == 0;
   if (!whole || conv.in.lo / in_group != conv.out.lo / out_group ||
@@ -107,33 +89,19 @@ struct Call {
   NestedConv2d conv;
 };
 
-const TensorView* view_or_null(const std::optional<TensorArg>& tensor) {
-  return tensor ? &**tensor : nullptr;
-}
-
-void require_packed(const char* op, const TensorView& packed, const TensorView& weight,
-                    std::int64_t groups) {
-  require_shape(op, packed, {cpu::nested_conv2d_packed_elements(weight, groups)});
-  require_contiguous(op, packed);
-  require_on_cpu(op, packed);
-  const Dtype dtype = weight.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  if (packed.dtype != dtype) fail(op, "packed must be float32, or float64 for a float64 weight");
-}
-
 std::int64_t packed_elements(py::handle weight_, std::int64_t groups) {
   constexpr const char* op = "nested_conv2d_packed_elements";
   const TensorArg weight(weight_, "weight");
-  if (groups < 1) fail(op, "groups must be at least 1");
-  check_weight(op, weight, groups);
+  check_weight(op, weight, read_groups(op, groups));
   return cpu::nested_conv2d_packed_elements(weight, groups);
 }
 
-void pack(py::handle weight_, py::handle packed_, std::int64_t groups, int threads) {
+void pack(py::handle weight_, py::handle packed_, std::int64_t groups, std::int64_t threads_) {
   constexpr const char* op = "nested_conv2d_pack";
   const TensorArg weight(weight_, "weight"), packed(packed_, "packed");
-  if (groups < 1 || threads < 1) fail(op, "groups and threads must be at least 1");
-  check_weight(op, weight, groups);
-  require_packed(op, packed, weight, groups);
+  check_weight(op, weight, read_groups(op, groups));
+  const int threads = read_threads(op, threads_);
+  require_packed(op, packed, weight, cpu::nested_conv2d_packed_elements(weight, groups));
   const py::gil_scoped_release no_gil;
   cpu::nested_conv2d_pack(weight, packed, groups, threads);
 }
@@ -148,7 +116,10 @@ void forward(py::handle x_, py::handle weight_, py::handle packed_, py::handle b
   require_image(op, x, call.conv.in.count, call.weight);
   require_image(op, y, call.conv.out.count, call.weight);
   if (y->shape[0] != x->shape[0]) fail(op, "y must have the batch size of x");
-  if (packed) require_packed(op, **packed, call.weight, call.conv.groups);
+  if (packed) {
+    require_packed(op, **packed, call.weight,
+                   cpu::nested_conv2d_packed_elements(call.weight, call.conv.groups));
+  }
   if (bias) {
     require_shape(op, **bias, {call.weight->shape[0]});
     require_contiguous(op, **bias);

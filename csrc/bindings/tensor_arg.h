@@ -110,4 +110,22 @@ inline std::optional<TensorArg> optional_tensor(py::handle tensor, const char* n
   return std::make_optional<TensorArg>(tensor, name);
 }
 
+inline const TensorView* view_or_null(const std::optional<TensorArg>& tensor) {
+  return tensor ? &**tensor : nullptr;
+}
+
+inline void require_on_cpu(const char* op, const TensorView& t) {
+  if (t.device != Device::kCpu) fail(op, std::string(t.name) + " must be on the CPU");
+}
+
+// A packed copy of `elements`, in the accumulator's type of `weight`.
+inline void require_packed(const char* op, const TensorView& packed, const TensorView& weight,
+                           std::int64_t elements) {
+  require_shape(op, packed, {elements});
+  require_contiguous(op, packed);
+  require_on_cpu(op, packed);
+  const Dtype dtype = weight.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (packed.dtype != dtype) fail(op, "packed must be float32, or float64 for a float64 weight");
+}
+
 }  // namespace pyeff::bindings

@@ -170,9 +170,6 @@ StageShape result_shape(const StageProgram& program, const StageStep& step,
   if (needs_map && source.vector) fail(kOp, "program must give convolutions and pooling a map");
   switch (step.kind) {
     case StageKind::kConv2d:
-      if (source.channels % step.groups != 0 || step.out % step.groups != 0) {
-        fail(kOp, "program must have groups that divide the channels");
-      }
       return windowed(step, source, step.out);
     case StageKind::kLinear:
       if (!source.vector || source.channels != step.rows_in) {
@@ -214,6 +211,9 @@ StageProgram parse_stage_program(const std::vector<std::int64_t>& integers) {
     const StageShape& source = shapes[program.sources[step.first_source]];
     StageShape result{source.channels, 1, 1, source.vector};
     if (step.kind == StageKind::kConv2d) {
+      if (source.channels % step.groups != 0 || step.out % step.groups != 0) {
+        fail(kOp, "program must have groups that divide the channels");
+      }
       step.rows_in = source.channels / step.groups;
       result.channels = step.out;
     } else if (step.kind == StageKind::kLinear) {

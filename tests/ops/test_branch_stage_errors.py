@@ -19,6 +19,12 @@ def plan_of(branches=3, channels=4, vector=False):
     return plan
 
 
+def pooled_plan():
+    plan = BranchPlan(3, 4)
+    plan.adaptive_pool2d(plan.activation(0, "relu"), 1)
+    return plan
+
+
 def call(x=(2, 4, 5, 5), index=((0, 2), (1, 1)), plan=None):
     x = torch.randn(x) if isinstance(x, tuple) else x
     index = torch.tensor(index) if isinstance(index, tuple) else index
@@ -32,6 +38,8 @@ def call(x=(2, 4, 5, 5), index=((0, 2), (1, 1)), plan=None):
         (dict(x=(2, 4), plan=plan_of(vector=True), index=((0,), (3,))), "names? branch"),
         (dict(x=(2, 4, 5, 5), plan=plan_of(vector=True)), r"x must be \[N, F\] or \[N, k, F\]"),
         (dict(x=(2, 3, 5, 5)), r"x must give every branch \[4, H, W\], got \[3, 5, 5\]"),
+        (dict(x=(2, 4, 0, 5)), r"x must have maps of at least one pixel, got \[4, 0, 5\] a branch"),
+        (dict(x=(2, 4, 5, 0), plan=pooled_plan()), "x must have maps of at least one pixel"),
         (dict(x=(2, 4, 2, 5)), r"x must be large enough for the \[3, 3\] kernel of every step"),
         (dict(x=(2, 3, 4, 5, 5)), "x must have one input for each of 2 routes"),
         (dict(x=(3, 4, 5, 5)), "routes.index must have a row for each of 3 images"),
@@ -44,8 +52,9 @@ def call(x=(2, 4, 5, 5), index=((0, 2), (1, 1)), plan=None):
     ],
 )
 def test_refuses_what_does_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=f"branch_stage: .*{message}"):
-        call(**arguments)
+    for backend in ("reference", "torch", "cpp"):
+        with pyeff.backend(backend), pytest.raises(ValueError, match=f"branch_stage: .*{message}"):
+            call(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +201,8 @@ def test_the_native_function_checks_what_keeps_memory_safe():
         (dict(x=x[:, :3]), "x must have the channels of the program"),
         (dict(x=x.double()), "y must have the dtype of x"),
         (dict(x=x[0]), "x must have the rank of the program"),
-        (dict(index=index + 3), "must name branches 0 to 2, got 3"),
-        (dict(index=index - 1), "must name branches 0 to 2, got -1"),
+        (dict(index=index + 3), "must name branches from 0 to 2, got 3"),
+        (dict(index=index - 1), "must name branches from 0 to 2, got -1"),
         (dict(index=index.long()), "index must be int32"),
         (dict(index=index.repeat(2, 1)), "index must have shape"),
         (dict(index=index[0]), r"index must be \[N, k\]"),
