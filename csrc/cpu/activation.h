@@ -78,25 +78,26 @@ inline Vec<A> activated(Vec<A> v, Activation activation) {
   return v;
 }
 
-// The derivative at v; of relu and relu6 also where v is their result.
+// grad times the derivative at v; of relu and relu6 also where v is their result. Where the
+// derivative is zero on a whole side the result is zero whatever grad is, as in torch.
 template <typename A>
-inline Vec<A> derivative(Vec<A> v, Activation activation) {
+inline Vec<A> through_activation(Vec<A> grad, Vec<A> v, Activation activation) {
   const Vec<A> zero{}, one = zero + A(1);
   switch (activation) {
     case Activation::kRelu:
-      return v <= A(0) ? zero : one;
+      return v <= A(0) ? zero : grad;
     case Activation::kRelu6:
-      return v <= A(0) ? zero : v >= A(6) ? zero : one;
+      return v <= A(0) ? zero : v >= A(6) ? zero : grad;
     case Activation::kSilu: {
       const Vec<A> share = one / (exp_of(-v) + A(1));
-      return share * (v * (one - share) + A(1));
+      return grad * (share * (v * (one - share) + A(1)));
     }
     case Activation::kHardswish:
-      return v <= A(-3) ? zero : v >= A(3) ? one : v / A(3) + A(0.5);
+      return v <= A(-3) ? zero : v >= A(3) ? grad : grad * (v / A(3) + A(0.5));
     case Activation::kNone:
-      return one;
+      return grad;
   }
-  return one;
+  return grad;
 }
 
 }  // namespace

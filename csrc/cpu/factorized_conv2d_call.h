@@ -25,6 +25,37 @@ inline FactorizedScratch& factorized_scratch() {
   return scratch;
 }
 
+// What a horizontal line reads: a row with zeros around it. Taps that meet zeros alone, as all but
+// one do whose dilation is larger than the row, are left out, and with them the zeros: they would
+// take memory in proportion to the dilation.
+struct RowBand {
+  Index first_tap, end_tap;
+  Index left;  // zeros before column 0
+  Index cols;  // with them, the row itself and the zeros behind it
+
+  // A row of `in` pixels and one of `out` results.
+  RowBand(Index in, Index out, Index taps, Index stride, Index padding, Index dilation)
+      : dilation_(dilation), padding_(padding) {
+    const Index reach = (out - 1) * stride;  // from a tap's first pixel to its last one
+    first_tap = ceil_div(larger(padding - reach, 0), dilation);
+    end_tap = smaller(ceil_div(in + padding, dilation), taps);
+    left = 0;
+    cols = in;
+    if (first_tap >= end_tap) {
+      first_tap = end_tap = 0;
+      return;
+    }
+    left = larger(-column(first_tap), 0);
+    cols = left + larger(in, column(end_tap - 1) + reach + 1);
+  }
+
+  // Of the row, where a tap reads for the first result.
+  Index column(Index tap) const { return tap * dilation_ - padding_; }
+
+ private:
+  Index dilation_, padding_;
+};
+
 // Everything that the threads of a call share.
 template <typename T>
 struct PairCall {
@@ -43,10 +74,7 @@ struct PairCall {
   Index taps() const { return first.layout.taps; }
   const LineKernel<A>& last() const { return paired ? second : first; }
 
-  // What the horizontal line reads of a row: from column -padding on.
-  Index band_cols() const {
-    return larger(padding + x.cols, (y.cols - 1) * stride + (taps() - 1) * dilation + 1);
-  }
+  RowBand band() const { return RowBand(x.cols, y.cols, taps(), stride, padding, dilation); }
   double multiply_adds() const {
     const double first_pixels = !paired          ? double(y.rows * y.cols)
                                 : vertical_first ? double(y.rows * x.cols)
@@ -117,23 +145,26 @@ class PairRows {
       const T* at = gate.data + n * gate.n_stride + h * gate.row_stride + c * gate.col_stride;
       R* to = out.data + c * out.pixel;
       Index l = 0;
-      if constexpr (std::is_same_v<T, A>) {
-        for (; l + kLanes<A> <= channels; l += kLanes<A>) {
-          store(to + l, load(to + l) * derivative<A>(load(at + l), call_.gate_activation));
+      for (; l + kLanes<A> <= channels; l += kLanes<A>) {
+        if constexpr (std::is_same_v<T, A>) {
+          const Vec<A> grad = load(to + l);
+          store(to + l, through_activation<A>(grad, load(at + l), call_.gate_activation));
+        } else {
+          gate_some(at + l, kLanes<A>, to + l);
         }
       }
-      for (; l < channels; l += kLanes<A>)
-        gate_some(at + l, smaller(kLanes<A>, channels - l), to + l);
+      if (l < channels) gate_some(at + l, channels - l, to + l);
     }
   }
 
-  // Of a type that has no vectors here, or fewer than a vector of channels.
-  void gate_some(const T* at, Index count, R* to) {
+  // At most a vector of channels; inlined, so that a whole one is converted as one.
+  inline void gate_some(const T* at, Index count, R* to) {
     using A = Accumulator<R>;
-    alignas(kVecBytes) A factor[kLanes<A>] = {};
-    for (Index i = 0; i < count; ++i) factor[i] = widen(at[i]);
-    store(factor, derivative<A>(load(factor), call_.gate_activation));
-    for (Index i = 0; i < count; ++i) narrow(widen(to[i]) * factor[i], to[i]);
+    alignas(kVecBytes) A bend[kLanes<A>] = {}, grad[kLanes<A>] = {};
+    for (Index i = 0; i < count; ++i) bend[i] = widen(at[i]);
+    for (Index i = 0; i < count; ++i) grad[i] = widen(to[i]);
+    store(grad, through_activation<A>(load(grad), load(bend), call_.gate_activation));
+    for (Index i = 0; i < count; ++i) narrow(grad[i], to[i]);
   }
 
   T* row_of_y(Index n, Index h) const {

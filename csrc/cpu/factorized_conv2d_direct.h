@@ -19,6 +19,7 @@ class PairWorker {
 
   explicit PairWorker(const PairCall<T>& call)
       : call_(call),
+        band_(call.band()),
         rows_(call, 1),
         order_(call.y.rows, call.stride, call.dilation),
         scratch_(factorized_scratch()),
@@ -73,10 +74,11 @@ class PairWorker {
       return;
     }
     first_.run(row_taps_, count, source_pixel_, call_.x.cols,
-               {middle_ + call_.padding * middle_pixel_, middle_pixel_, nullptr, 0},
+               {middle_ + band_.left * middle_pixel_, middle_pixel_, nullptr, 0},
                [&] { next_.step(); });
-    list_horizontal(middle_, middle_pixel_);
-    last_.run(row_taps_, call_.taps(), call_.stride * middle_pixel_, call_.y.cols, out,
+    clear_odd_channel(middle_ + band_.left * middle_pixel_, call_.x.cols);
+    const Index band_count = list_horizontal(middle_, middle_pixel_);
+    last_.run(row_taps_, band_count, call_.stride * middle_pixel_, call_.y.cols, out,
               [&] { next_.step(); });
   }
 
@@ -86,7 +88,10 @@ class PairWorker {
       return;
     }
     const Index pixel = middle_pixel_;
-    const auto make = [&](Index r, R* row) { horizontal(first_, n, r, {row, pixel, nullptr, 0}); };
+    const auto make = [&](Index r, R* row) {
+      horizontal(first_, n, r, {row, pixel, nullptr, 0});
+      clear_odd_channel(row, call_.y.cols);
+    };
     // Making a row overwrites the list of taps: first all rows, then the list.
     list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
     const Index count = list_vertical(h, [&](Index r) { return ring_.get(n, r, make); });
@@ -96,10 +101,9 @@ class PairWorker {
   // A horizontal line over row r of x.
   void horizontal(const Conv& line, Index n, Index r, const RowOut<R>& out) {
     const Index channels = call_.x.channels;
-    copy_band<T, R>(call_.x, n, r, 1, -call_.padding, call_.band_cols(), 0, channels, source_pixel_,
-                    padded_);
-    list_horizontal(padded_, source_pixel_);
-    line.run(row_taps_, call_.taps(), call_.stride * source_pixel_, call_.y.cols, out, [&] {
+    copy_band<T, R>(call_.x, n, r, 1, -band_.left, band_.cols, 0, channels, source_pixel_, padded_);
+    const Index count = list_horizontal(padded_, source_pixel_);
+    line.run(row_taps_, count, call_.stride * source_pixel_, call_.y.cols, out, [&] {
       if (!call_.paired) next_.step();
     });
   }
@@ -117,8 +121,20 @@ class PairWorker {
     return count;
   }
 
-  void list_horizontal(const R* row, Index pixel) {
-    for (Index v = 0; v < call_.taps(); ++v) row_taps_[v] = {row + v * call_.dilation * pixel, v};
+  Index list_horizontal(const R* band, Index pixel) {
+    Index count = 0;
+    for (Index v = band_.first_tap; v < band_.end_tap; ++v) {
+      row_taps_[count++] = {band + (band_.left + band_.column(v)) * pixel, v};
+    }
+    return count;
+  }
+
+  // Dot products read channels in pairs. The one beside an odd number of them has zero weights on
+  // both sides, which make NaN of an infinity: the second line would spread it.
+  void clear_odd_channel(R* row, Index cols) const {
+    const Index channels = call_.first.layout.out;
+    if (Conv::readable_channels(channels) == channels) return;
+    for (Index c = 0; c < cols; ++c) row[c * middle_pixel_ + channels] = R(0);
   }
 
   const R* source_row(Index n, Index r) {
@@ -143,13 +159,13 @@ class PairWorker {
       source_pixel_ = in_place_ ? call_.x.col_stride : pixel;
       if (call_.paired) {
         middle_pixel_ = band_pixel<R>(lanes, call_.stride);
-        middle_ = scratch_.middle.get<R>(call_.band_cols() * middle_pixel_);
+        middle_ = scratch_.middle.get<R>(band_.cols * middle_pixel_);
       }
       R* data = in_place_ ? nullptr : source_memory(taps * row);
       return RowRing<R>(data, taps, row, call_.dilation);
     }
     source_pixel_ = band_pixel<R>(channels, call_.stride);
-    padded_ = source_memory(call_.band_cols() * source_pixel_);
+    padded_ = source_memory(band_.cols * source_pixel_);
     middle_pixel_ = band_pixel<R>(lanes, 1);
     const Index row = call_.y.cols * middle_pixel_;
     R* data = call_.paired ? scratch_.middle.get<R>(taps * row) : nullptr;
@@ -167,16 +183,16 @@ class PairWorker {
 
   // What the horizontal line reads left and right of the middle row stays zero.
   void clear_sides() {
-    const Index first = call_.padding, last = call_.padding + call_.x.cols;
     const auto clear = [&](Index begin, Index end) {
       std::memset(middle_ + begin * middle_pixel_, 0,
                   static_cast<std::size_t>((end - begin) * middle_pixel_) * sizeof(R));
     };
-    clear(0, first);
-    clear(last, call_.band_cols());
+    clear(0, band_.left);
+    clear(band_.left + call_.x.cols, band_.cols);
   }
 
   const PairCall<T>& call_;
+  const RowBand band_;
   PairRows<T, R> rows_;
   ChainOrder order_;
   FactorizedScratch& scratch_;

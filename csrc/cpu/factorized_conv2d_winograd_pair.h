@@ -35,7 +35,7 @@ class WinogradWorker {
         first_(call.first),
         last_(call.last()),
         scratch_(factorized_scratch()),
-        band_cols_(larger(call.band_cols(), col_groups_.inputs())),
+        band_cols_(larger(call.padding + call.x.cols, col_groups_.inputs())),
         ring_(make_ring()) {
     Index memory = WinogradLine::memory(call.first.layout);
     if (call.paired) memory = larger(memory, WinogradLine::memory(call.second.layout));
