@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyeff._extras import require
 from pyeff.models.hydranet import HydraNet
 from pyeff.train.batches import normalise
 from pyeff.train.gate_statistics import GateStatistics
@@ -96,38 +95,38 @@ def evaluate(
     Returns:
         ``(task name, level)`` to the share of right answers, 0..1, and the mean over the classes
         that have test images; alike in every process.
-
-    Raises:
-        ImportError: torchmetrics is missing.
     """
-    classification = require("torchmetrics.classification", "train", "to evaluate")
     like = next(model.parameters())
     rank, ranks = (processes.rank, processes.ranks) if processes else (0, 1)
     results, levels = Accuracies(), levels_of(model)
     with evaluating(model):
         for task in tasks:
-            metrics = [
-                classification.MulticlassStatScores(task.classes, average=None).to(like.device)
-                for _ in range(levels)
-            ]
+            # Images of each class: right at each level, and all.
+            right = torch.zeros(levels, task.classes, dtype=torch.int64, device=like.device)
+            every = right.new_zeros(task.classes)
             for x, y in _test_batches(task, batch_size, rank, ranks, like):
-                if statistics is not None:
-                    metrics[0].update(_observed(model, x, y, statistics), y)
-                    continue
-                for level, metric in enumerate(metrics, start=1):
-                    metric.update(call(model, x, task.name, level), y)
-            for level, metric in enumerate(metrics, start=1):
-                # Columns: right, wrongly this class, rightly another, wrongly another, all of it.
-                scores = metric.compute().double()
-                right, all_of = scores[:, 0], scores[:, 4]
-                present = all_of > 0
-                results[task.name, level] = float(right.sum() / all_of.sum())
-                results.class_mean[task.name, level] = float(
-                    (right[present] / all_of[present]).mean()
-                )
+                every += y.bincount(minlength=task.classes)
+                for level in range(1, levels + 1):
+                    if statistics is not None:
+                        logits = _observed(model, x, y, statistics)
+                    else:
+                        logits = call(model, x, task.name, level)
+                    hit = logits.argmax(1) == y
+                    right[level - 1] += y[hit].bincount(minlength=task.classes)
+            if processes is not None:
+                right, every = processes.sum(right), processes.sum(every)
+            _note(results, task.name, right.double(), every.double())
     if statistics is not None and processes is not None:
         statistics.gather(processes)
     return results
+
+
+def _note(results: Accuracies, task: str, right: Tensor, every: Tensor) -> None:
+    """Writes a task's counts down as shares; those of classes without test images are left out."""
+    present = every > 0
+    for level, of_level in enumerate(right, start=1):
+        results[task, level] = float(of_level.sum() / every.sum())
+        results.class_mean[task, level] = float((of_level[present] / every[present]).mean())
 
 
 def _observed(model: nn.Module, x: Tensor, y: Tensor, statistics: GateStatistics) -> Tensor:

@@ -119,7 +119,6 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
     columns: list[tuple[str, Callable[[LevelResult], str]]] = [
         ("level", lambda r: str(r.level)),
         ("acc %", lambda r: f"{100 * (r.accuracy or 0):.2f}"),
-        ("class mean %", lambda r: f"{100 * (r.class_mean or 0):.2f}"),
         ("params", lambda r: f"{r.params:,}"),
         ("MACs M", lambda r: f"{r.macs / 1e6:.2f}"),
         ("weights KiB", lambda r: f"{r.weight_bytes / 1024:.1f}"),
@@ -128,8 +127,6 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
     ]
     missing = {
         "acc %": all(r.accuracy is None for r in results),
-        # The same number where all classes have as many test images.
-        "class mean %": all(_same(r.class_mean, r.accuracy) for r in results),
         "ms": all(r.latency_s is None for r in results),
     }
     shown = [(name, text) for name, text in columns if not missing.get(name, False)]
@@ -141,13 +138,30 @@ def print_results(results: Sequence[LevelResult], console: Console | None = None
         table.add_row(result.task, *(text(result) for _, text in shown))
     console = console or Console()
     console.print(table)
+    print_class_means(results, console)
     for result in results:
         if result.gate is not None:
             print_gate(result.gate, console)
 
 
-def _same(one: float | None, other: float | None) -> bool:
-    return one is None or other is None or abs(one - other) < 1e-9
+def print_class_means(results: Sequence[LevelResult], console: Console) -> None:
+    """Prints the mean over the classes where it is another number than the accuracy.
+
+    It is the same where all classes have as many test images.
+
+    Args:
+        results: the table.
+        console: where.
+    """
+    for task in dict.fromkeys(result.task for result in results):
+        known = [
+            (r.level, r.class_mean, r.accuracy)
+            for r in results
+            if r.task == task and r.class_mean is not None and r.accuracy is not None
+        ]
+        if any(abs(mean - accuracy) > 1e-9 for _, mean, accuracy in known):
+            words = ", ".join(f"level {level} {mean:.2%}" for level, mean, _ in known)
+            console.print(f"mean over the classes, {task}: {words}", highlight=False)
 
 
 def print_gate(gate: Mapping[str, Any], console: Console) -> None:
