@@ -291,7 +291,7 @@ def _grad_input_gemm(
     stride_h, stride_w, _, _, dil_h, dil_w = layer.window
     class_h, class_w = blocks(H, stride_h), blocks(W, stride_w)
     terms = layer.k if grad_x.dim() == 4 else 1
-    parts = layer.pairs // terms * layer.groups * stride_h * stride_w
+    parts = layer.pairs // terms * layer.groups * min(stride_h, H) * min(stride_w, W)
     tile = tile or _gemm_tile(grad_y, precision, class_h * class_w, layer.C, parts)
     tile = fit_depth(tile, layer.K)
     common_h, common_w = gcd(stride_h, dil_h), gcd(stride_w, dil_w)

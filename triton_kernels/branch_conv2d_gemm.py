@@ -162,7 +162,8 @@ def branch_conv2d_grad_input_kernel(
 
     over the taps for which p = (h + pad_top - r * dil_h) / stride_h, and q likewise, are whole.
     A slot is an image whose k pairs are summed in order (terms = k), or one pair (terms = 1).
-    The pixels of x fall into stride_h * stride_w classes, by their rest on division by the stride.
+    The pixels of x fall into stride_h * stride_w classes, by their rest on division by the stride,
+    or as many as there are pixels where the stride is larger.
     All pixels of a class meet the same taps: every step_h-th from the first, one output row
     jump_h earlier each time. A program owns ROWS pixels of one class of one slot by COLS channels
     of one group; pixels that no tap reaches get zero.
@@ -176,8 +177,9 @@ def branch_conv2d_grad_input_kernel(
     program = program // row_blocks
     group = (program % groups).to(tl.int64)
     program = program // groups
-    classes = stride_h * stride_w
-    rest_h, rest_w = (program % classes) // stride_w, (program % classes) % stride_w
+    classes_w = tl.minimum(stride_w, W)
+    classes = tl.minimum(stride_h, H) * classes_w
+    rest_h, rest_w = (program % classes) // classes_w, (program % classes) % classes_w
     slot = program // classes
     h, w = rest_h + (m // cols_w) * stride_h, rest_w + (m % cols_w) * stride_w
     m_exists = (m < image) & (h < H) & (w < W)

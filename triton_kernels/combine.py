@@ -234,7 +234,9 @@ def grad_input(
     grad_weight = None
     if need_weight:
         grad_weight = torch.empty((N, k), dtype=weight.dtype, device=weight.device)
-    if y.numel() and (need_y or need_weight):
+    if grad_weight is not None and y.shape[2] == 0:
+        grad_weight.zero_()  # a sum over no features
+    elif y.numel() and (need_y or need_weight):
         per_program = F if need_weight else _FEATURES
         with torch.cuda.device_of(y):
             combine_grad_input_kernel[(N * k * blocks(F, per_program),)](

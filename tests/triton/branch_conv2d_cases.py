@@ -91,5 +91,7 @@ CASES = [
     BranchCase("stride above the kernel", 4, 3, (7, 6), (2, 1), stride=(3, 4)),
     # The common divisor of stride and dilation leaves pixels that no tap reaches.
     BranchCase("stride 4, dilation 2", 4, 5, (9, 8), (2, 3), (4, 2), dilation=(2, 2)),
+    # More classes of pixels than there are pixels; their number would not fit into 32 bits.
+    BranchCase("stride above the image", 4, 3, (3, 2), (2, 1), (60000, 50000), (1, 1, 0, 1)),
     BranchCase("more channels than a block", 70, 66, (2, 3), (1, 1), padding=(0, 0, 0, 0)),
 ]

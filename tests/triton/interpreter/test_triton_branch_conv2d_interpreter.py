@@ -78,6 +78,14 @@ def test_layouts(layout):
     check(case, x, weight, bias, index, grad_y)
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1, 3, 4), (1, 0, 2, 3, 4), (4, 3, 2, 1, 0)], ids=str)
+def test_a_gradient_in_any_order_of_memory(order):
+    tensors = PER_PAIR.tensors(torch.float32)
+    shape = PER_PAIR.reference(*tensors).shape
+    grad_y = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(5)])
+    check(PER_PAIR, *tensors, grad_y)
+
+
 @pytest.mark.parametrize("case", [SHARED, DEPTHWISE], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("activation", ["relu", None])

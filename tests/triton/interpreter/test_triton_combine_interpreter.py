@@ -24,7 +24,7 @@ INDEX = ((2, 0), (2, 2), (0, 5))  # a branch twice; nobody takes 1, 3 and 4
 def problem(dtype, outputs=9, features=7, index=INDEX, branches=6):
     index = torch.tensor(index, dtype=torch.int32)
     y = torch.randn(*index.shape, features).to(dtype)
-    projection = (torch.randn(branches, outputs, features) / features**0.5).to(dtype)
+    projection = (torch.randn(branches, outputs, features) / max(1, features) ** 0.5).to(dtype)
     bias, weight = torch.randn(outputs).to(dtype), torch.rand(index.shape).to(dtype)
     return y, projection, bias, index, weight
 
@@ -69,6 +69,11 @@ def test_weights_of_another_dtype():
 )
 def test_sizes(outputs, features, index, branches):
     check(*problem(torch.float32, outputs, features, index, branches))
+
+
+@pytest.mark.parametrize(("outputs", "features"), [(0, 7), (9, 0), (0, 0)])
+def test_no_outputs_or_no_features(outputs, features):
+    check(*problem(torch.float32, outputs, features))
 
 
 def test_many_small_programs(monkeypatch):
