@@ -237,8 +237,10 @@ def _tie(graph: Any, module: nn.Module, name: str, names: dict, classes: _Classe
         if isinstance(target, nn.Parameter):
             classes.axes[label] = item.dep.target.pruning_dim
         for channel, root in zip(item.idxs, item.root_idxs, strict=True):
-            if root is None:
-                raise ValueError(f"{_OP}: model must not repeat heads, got a repeat after {name}")
+            if root is None:  # heads of an attention that several others share
+                for one in free:
+                    classes.block((name, PRODUCER, one), f"its channels are repeated for {label}")
+                break
             own: Key = (name, PRODUCER, root)
             classes.union(own, (label, role, channel))
             if role == "":

@@ -199,6 +199,9 @@ def _turned(tensor: Tensor, groups: int) -> Tensor:
 def _write_rows(tensor: Tensor, rows: Rows, index: Tensor, values: Tensor | None) -> None:
     """Overwrites rows of a parameter, with zeros for ``values`` None."""
     at = index.flatten().to(tensor.device)
+    if values is None and not rows.groups:
+        tensor.index_fill_(0, at, 0)
+        return
     whole = _turned(tensor.detach(), rows.groups).clone()
     whole[at] = 0 if values is None else values.reshape(-1, *whole.shape[1:]).to(whole.dtype)
     if rows.groups:

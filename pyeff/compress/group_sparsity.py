@@ -14,12 +14,13 @@ from pyeff.compress.prox import shrink_groups, shrink_groups_in_metric
 from pyeff.compress.proximal import Proximal
 from pyeff.compress.strength import (
     DOSE,
+    TargetRule,
     check_factors,
     check_strength,
     check_target,
     critical_strength,
+    level_for_count,
     protected,
-    strength_for_count,
 )
 
 _OP = "GroupSparsity"
@@ -37,9 +38,11 @@ class GroupSparsity(Proximal):
     With strength ``"auto"`` ``lambda_l sqrt(P_l)`` is s times the mean length of the layer's
     neurons at the start. Without a target ``s = 2 / (sum of the learning rates of schedule)``: a
     neuron that the data do not hold has died after half of it. With ``target_params`` s is found
-    anew at every application, as the smallest with which the target would be met at the end of
-    ``schedule`` if the data did not push back; after its end the target is held. A schedule
-    shorter than the training leaves the rest of it to the smaller network.
+    anew at every application, so that the target is met at the end of ``schedule``:
+    ``s = L / T + G / t``, L the level up to which neurons must die, T the sum of the learning rates
+    to come, G what the data gave back since the last application. Then the penalty ends, and the
+    dead stay dead: a schedule of the first three quarters of the epochs leaves the rest of the
+    training to the smaller network.
 
     With Adam the step is taken in its metric (``sqrt(v) + eps`` for every parameter). Dead neurons
     lose their momentum; without ``mask`` their gradient may revive them.
@@ -62,7 +65,8 @@ class GroupSparsity(Proximal):
             ``"skip"`` leaves those alone.
         target_params: share of the network's parameters to be kept, in (0, 1].
         schedule: the learning rate of each epoch; needed for ``"auto"``.
-        mask: whether dead neurons stay dead.
+        mask: whether dead neurons stay dead; by default only on the way to a target, where those
+            that come back would have to be put down again at the cost of the others.
 
     Attributes:
         groups: the groups that are penalised.
@@ -102,7 +106,7 @@ class GroupSparsity(Proximal):
         tied: str = "joint",
         target_params: float | None = None,
         schedule: Sequence[float] | None = None,
-        mask: bool = False,
+        mask: bool | None = None,
     ) -> None:
         super().__init__(model, every, steps_per_epoch, schedule)
         check_strength(_OP, strength)
@@ -124,14 +128,16 @@ class GroupSparsity(Proximal):
             raise ValueError(
                 f"{_OP}: model must have channels that can be removed, got none: {why}"
             )
-        self.strength, self.alpha, self.mask = strength, alpha, mask
-        self.target_params = target_params
+        self.strength, self.alpha = strength, alpha
+        self.mask = target_params is not None if mask is None else mask
+        self.target_params, self._rule = target_params, TargetRule()
         self._floors = {
             group: min(group.channels, _floor(group.channels) if floor is None else floor)
             for group in self.groups
         }
         self._factor = {group: factors[group] for group in self.groups}
         self._initial = {g: float(g.gather(model).double().norm(dim=1).mean()) for g in self.groups}
+        self._is_done = False
         self._masked = {g: torch.zeros(g.channels, dtype=torch.bool) for g in self.groups}
         self._count = ParameterCount(model, self.groups)
         self._check_reachable()
@@ -180,7 +186,7 @@ class GroupSparsity(Proximal):
 
     @torch.no_grad()
     def _apply(self, step: float, ahead: float) -> None:
-        if step <= 0:
+        if step <= 0 or self._is_done:
             return
         parameters = dict(self.model.named_parameters())
         metric = self._metric()
@@ -191,13 +197,23 @@ class GroupSparsity(Proximal):
             weights[group] = self._weight(group, 1.0 if scale is None else float(scale.mean()))
             in_metric = z if scale is None else z.double() * scale
             critical[group] = critical_strength(in_metric, weights[group], self.alpha).cpu()
-        self.strength_used = self._strength_for(critical, ahead)
+        self.strength_used = self._strength_for(critical, step, ahead)
+        dead = {}
         for group in self.groups:
             threshold = step * self.strength_used * weights[group]
             if threshold > 0:
-                self._shrink(group, parameters, metric, threshold, critical[group])
+                dead[group] = self._shrink(group, parameters, metric, threshold, critical[group])
+        self._clear(dead, weights=False)
+        for group in dead if self.mask else ():
+            self._masked[group] |= dead[group]
+        if self.target_params is not None and ahead <= step:
+            self._is_done = True
+            for group in self.groups:
+                self._masked[group] |= group.dead(parameters).cpu()
 
-    def _strength_for(self, critical: dict[ChannelGroup, Tensor], ahead: float) -> float:
+    def _strength_for(
+        self, critical: dict[ChannelGroup, Tensor], step: float, ahead: float
+    ) -> float:
         """s or lambda, for this application."""
         if not isinstance(self.strength, str):
             return float(self.strength)
@@ -209,7 +225,8 @@ class GroupSparsity(Proximal):
             return self._count.after([(critical[g] > level) | shelter[g] for g in self.groups])
 
         most = int(self.target_params * self._count.total)
-        return strength_for_count(torch.cat(list(critical.values())), count, most) / ahead
+        level = level_for_count(torch.cat(list(critical.values())), count, most)
+        return self._rule.strength(level, step, ahead)
 
     def _shrink(
         self,
@@ -218,7 +235,8 @@ class GroupSparsity(Proximal):
         metric: Mapping[str, Tensor] | None,
         threshold: float,
         critical: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        """Takes the step in one group; the neurons that are dead after it, on the CPU."""
         z = group.gather(parameters)
         tau, l1 = (1 - self.alpha) * threshold, self.alpha * threshold / math.sqrt(group.size)
         if metric is None:
@@ -229,22 +247,21 @@ class GroupSparsity(Proximal):
         spared = protected(critical, self._floors[group]).to(z.device) & dies
         shrunk = torch.where(spared[:, None], z, shrunk)
         group.write(parameters, shrunk)
-        dead = shrunk.eq(0).all(1).cpu()
-        self._clear_momentum(group, dead)
-        if self.mask:
-            self._masked[group] |= dead
-
-    def _clear_momentum(self, group: ChannelGroup, dead: Tensor) -> None:
-        for key in ("momentum_buffer", "exp_avg"):
-            group.clear(self._state(key), dead)
+        return shrunk.eq(0).all(1).cpu()
 
     @torch.no_grad()
     def _hold(self) -> None:
         """Dead neurons stay dead under a mask."""
-        for group, dead in self._masked.items():
-            if dead.any():
-                group.clear(self.model, dead)
-                self._clear_momentum(group, dead)
+        self._clear({group: dead for group, dead in self._masked.items() if dead.any()}, True)
+
+    def _clear(self, dead: Mapping[ChannelGroup, Tensor], weights: bool) -> None:
+        """Sets the momentum of dead neurons to zero, and their weights if asked to."""
+        targets = [self._state(key) for key in ("momentum_buffer", "exp_avg")] if dead else []
+        if weights and dead:
+            targets.append(dict(self.model.named_parameters()))
+        for group, channels in dead.items():
+            for tensors in targets:
+                group.clear(tensors, channels)
 
     def statistics(self) -> dict[str, Any]:
         """How far it has come.
@@ -268,6 +285,8 @@ class GroupSparsity(Proximal):
         """All that a later process needs to go on exactly, as JSON can hold it."""
         return {
             **self._counters(),
+            "left": self._rule.left,
+            "done": self._is_done,
             "initial": {group.name: self._initial[group] for group in self.groups},
             "masked": {g.name: self._masked[g].nonzero().flatten().tolist() for g in self.groups},
         }
@@ -279,6 +298,7 @@ class GroupSparsity(Proximal):
             ValueError: it is another network's.
         """
         self._load_counters(state, [group.name for group in self.groups], "initial")
+        self._rule.left, self._is_done = state["left"], bool(state["done"])
         for group in self.groups:
             self._initial[group] = float(state["initial"][group.name])
             masked = torch.zeros(group.channels, dtype=torch.bool)

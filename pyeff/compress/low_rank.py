@@ -11,10 +11,11 @@ from pyeff.compress.parameter_count import ParameterCount
 from pyeff.compress.prox import ROUTES, shrink_spectrum, singular_values
 from pyeff.compress.proximal import Proximal
 from pyeff.compress.strength import (
+    TargetRule,
     check_factors,
     check_strength,
     check_target,
-    strength_for_count,
+    level_for_count,
 )
 
 _OP = "LowRank"
@@ -35,8 +36,10 @@ class LowRank(Proximal):
 
     With strength ``"auto"`` tau_l is s times the median singular value of the layer at the start.
     Without a target ``s = 0.5 / (sum of the learning rates of schedule)``. With ``target_params`` s
-    is found anew at every application, as the smallest with which the network, factored at the
-    ranks that the end of ``schedule`` would find if the data did not push back, meets the target.
+    is found anew at every application, so that the network, factored at the ranks that the end of
+    ``schedule`` finds, meets the target: ``s = L / T + G / t``, L the level up to which singular
+    values must vanish, T the sum of the learning rates to come, G what the data gave back since the
+    last application. After the end the target is held.
 
     With Adam a layer's step is divided by the mean of its metric (``sqrt(v) + eps``): singular
     values have no metric for every parameter.
@@ -101,6 +104,7 @@ class LowRank(Proximal):
             )
         self._modules = {name: fit[name] for name in self.layers}
         self.strength, self.route, self.target_params = strength, route, target_params
+        self._rule = TargetRule()
         self._count = ParameterCount(model)
         self._initial = {
             name: float(self._values(name).median()) if strength == "auto" else 1.0
@@ -137,7 +141,7 @@ class LowRank(Proximal):
             for name, key in zip(self.layers, self._penalised(), strict=True)
         }
         per_strength = {name: self._step_of(name, metric[name]) for name in self.layers}
-        self.strength_used = self._strength_for(per_strength, ahead)
+        self.strength_used = self._strength_for(per_strength, step, ahead)
         for name in self.layers:
             weight = self._weight(name)
             tau = step * self.strength_used * per_strength[name]
@@ -147,7 +151,7 @@ class LowRank(Proximal):
             weight.copy_(shrunk.reshape(weight.shape))
             self._ranks[name] = int((values > 0).sum())
 
-    def _strength_for(self, per_strength: dict[str, float], ahead: float) -> float:
+    def _strength_for(self, per_strength: dict[str, float], step: float, ahead: float) -> float:
         if not isinstance(self.strength, str):
             return float(self.strength)
         if self.target_params is None:
@@ -163,7 +167,8 @@ class LowRank(Proximal):
             return self._count.after(ranks=ranks)
 
         most = int(self.target_params * self._count.total)
-        return strength_for_count(torch.cat(list(levels.values())), count, most) / ahead
+        level = level_for_count(torch.cat(list(levels.values())), count, most)
+        return self._rule.strength(level, step, ahead)
 
     def ranks(self, energy: float = 1.0) -> dict[str, int]:
         """The rank of every layer, from its weights as they are.
@@ -210,7 +215,12 @@ class LowRank(Proximal):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on exactly, as JSON can hold it."""
-        return {**self._counters(), "initial": dict(self._initial), "ranks": dict(self._ranks)}
+        return {
+            **self._counters(),
+            "left": self._rule.left,
+            "initial": dict(self._initial),
+            "ranks": dict(self._ranks),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken.
@@ -219,6 +229,7 @@ class LowRank(Proximal):
             ValueError: it is another network's.
         """
         self._load_counters(state, self.layers, "initial")
+        self._rule.left = state["left"]
         self._initial = {name: float(state["initial"][name]) for name in self.layers}
         self._ranks = {name: int(state["ranks"][name]) for name in self.layers}
 

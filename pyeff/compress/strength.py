@@ -3,10 +3,11 @@
 The rule. A group that the data do not hold is shortened by ``t * s * w`` at every application: t is
 the learning rate, s the strength, w the group's weight. Over the applications to come that is
 ``s * w * T``, T the sum of their learning rates. So a group of length ``|z|`` will have died at the
-end if ``s >= |z| / (w T)``. The strength is the smallest s with which the groups that would so die
-hold all the parameters that must go. It is found anew at every application from the lengths as they
-are then: where the data hold groups against the penalty it rises, where enough have died it falls,
-and at the last application T is that application's learning rate alone, so that the target is met.
+end if ``s >= |z| / (w T)``. Of the values ``|z| / w`` the level L is the smallest at which the
+groups up to it hold all the parameters that must go. The strength is ``s = L / T + G / t``: what
+would lower L to zero by the end, and what the data gave back, G, the difference between L and what
+the last application left of it. It is found anew at every application and never above ``L / t``,
+which meets the target at once; at the last application T = t, so that it is met.
 """
 
 import math
@@ -59,12 +60,12 @@ def protected(critical: Tensor, floor: int) -> Tensor:
     return kept
 
 
-def strength_for_count(levels: Tensor, count: Callable[[float], int], most: int) -> float:
-    """The smallest strength that leaves at most ``most`` parameters.
+def level_for_count(levels: Tensor, count: Callable[[float], int], most: int) -> float:
+    """The lowest level that leaves at most ``most`` parameters.
 
     Args:
-        levels: strengths at which something dies, any order; 0 is always tried.
-        count: parameters that are left with a strength: never more with a larger one.
+        levels: at which something dies, any order; 0 is always tried.
+        count: parameters that are left above a level: never more for a higher one.
         most: what may be left.
 
     Returns:
@@ -82,6 +83,25 @@ def strength_for_count(levels: Tensor, count: Callable[[float], int], most: int)
         else:
             low = middle + 1
     return tried[low] * _MARGIN if tried else 0.0
+
+
+class TargetRule:
+    """The strength of every application on the way to a target; see the module's text.
+
+    Attributes:
+        left: what the last application left of the level, in the absence of a gradient; None
+            before the first.
+    """
+
+    def __init__(self) -> None:
+        self.left: float | None = None
+
+    def strength(self, level: float, step: float, ahead: float) -> float:
+        """s, from the level L, the step t and the sum of the steps to come T."""
+        given_back = 0.0 if self.left is None else max(0.0, level - self.left)
+        found = min(level / ahead + given_back / step, level / step)
+        self.left = level - found * step
+        return found
 
 
 def check_strength(op: str, strength: float | str) -> None:
