@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,12 +52,22 @@ SHAPES = (
     Shape(1, 64, 28, 28, 1, 1, 5),
 )
 DTYPES = (torch.float32, torch.bfloat16)
+FIRST_COLUMNS = ("x", "kernel", "first", "dtype")
+Key = TypeVar("Key")
 
 
-def candidates(
-    shape: Shape, dtype: torch.dtype, vertical: bool
-) -> tuple[dict[Form, float], dict[Form, Callable[[], Tensor]]]:
-    """What the model expects of each form, in seconds, and the calls."""
+class Problem(NamedTuple):
+    """The tensors of a pair, and the rest."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    bias: Tensor  # of both
+    pair: FactorPair
+
+
+def make_problem(shape: Shape, dtype: torch.dtype, vertical: bool) -> Problem:
+    """Random tensors, channels_last."""
     c, taps = shape.channels, shape.taps
     x = torch.randn(shape.n, c, shape.height, shape.width).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -67,9 +77,17 @@ def candidates(
     bias = torch.randn(c).to(dtype)
     reach = shape.dilation * (taps // 2)
     pair = FactorPair(shape.stride, reach, shape.dilation, "relu", "relu")
+    return Problem(x, first, second, bias, pair)
+
+
+def candidates(
+    problem: Problem,
+) -> tuple[dict[Form, float], dict[Form, Callable[[], object]]]:
+    """What the model expects of each form, in seconds, and the calls."""
+    x, first, second, bias, pair = problem
     expected = estimates(x, first, second, pair)
 
-    def run(form: Form) -> Callable[[], Tensor]:
+    def run(form: Form) -> Callable[[], object]:
         if form.name == "torch":
             nothing = (None, None, None)
             return lambda: aten.forward(x, (first, bias), (second, bias), nothing, pair)
@@ -80,33 +98,41 @@ def candidates(
     return expected, {form: run(form) for form in expected}
 
 
-def measure(calls: dict[Form, Callable[[], Tensor]], rounds: int) -> dict[Form, float]:
+def measure(calls: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
     """Seconds of CPU time of each, in shuffled rounds."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         for _ in range(3):  # packs the weights
             call()
     for _ in range(rounds):
-        for form in random.sample(list(calls), len(calls)):
+        for key in random.sample(list(calls), len(calls)):
             start = time.process_time()
-            calls[form]()
-            best[form] = min(best[form], time.process_time() - start)
+            calls[key]()
+            best[key] = min(best[key], time.process_time() - start)
     return best
 
 
 def row(shape: Shape, dtype: torch.dtype, vertical: bool, rounds: int) -> list[str]:
     """The cells of one line of the table."""
-    expected, calls = candidates(shape, dtype, vertical)
+    expected, calls = candidates(make_problem(shape, dtype, vertical))
     found = measure(calls, rounds)
     chosen = min(expected, key=lambda form: expected[form])
-    cells = [f"{shape.n}x{shape.channels}x{shape.height}x{shape.width}"]
-    cells.append(f"n {shape.taps}, d {shape.dilation}, s {shape.stride}")
-    cells += ["vertical" if vertical else "horizontal", str(dtype).removeprefix("torch.")]
+    cells = first_cells(shape, dtype, vertical)
     for name, winograd in FORMS:
         form = Form(name, winograd)
         known = form in found
         cells.append(f"{1e3 * found[form]:.2f} ({1e3 * expected[form]:.2f})" if known else "-")
     return [*cells, describe(chosen), f"{found[chosen] / min(found.values()):.2f}"]
+
+
+def first_cells(shape: Shape, dtype: torch.dtype, vertical: bool) -> list[str]:
+    """Under x, kernel, first and dtype."""
+    return [
+        f"{shape.n}x{shape.channels}x{shape.height}x{shape.width}",
+        f"n {shape.taps}, d {shape.dilation}, s {shape.stride}",
+        "vertical" if vertical else "horizontal",
+        str(dtype).removeprefix("torch."),
+    ]
 
 
 FORMS = (("fused", False), ("two", False), ("fused", True), ("two", True), ("torch", False))
@@ -124,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ("x", "kernel", "first", "dtype", *(describe(Form(*f)) for f in FORMS))
+    columns = (*FIRST_COLUMNS, *(describe(Form(*f)) for f in FORMS))
     with torch.no_grad():
         rows = [
             row(shape, dtype, vertical, options.rounds)

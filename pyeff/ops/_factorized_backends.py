@@ -12,7 +12,7 @@ from torch import Tensor
 from pyeff.ops import _factorized_torch as aten
 from pyeff.ops._conv_args import as_channels_last
 from pyeff.ops._dispatch import choose
-from pyeff.ops._factorized_choice import OP, forward_form
+from pyeff.ops._factorized_choice import OP, backward_backend, forward_form
 from pyeff.ops._factorized_cpp import CppCall, cpp_call
 from pyeff.ops._factorized_cpp import backward as cpp_backward
 from pyeff.ops._factorized_cpp import forward as cpp_forward
@@ -76,7 +76,7 @@ def backward(
         pair: The rest; ``outer`` plays no part.
         wanted: One for each gradient.
     """
-    name = choose(OP, x, direction="backward")
+    name = backward_backend(x)
     if name in ("torch", "reference"):
         return aten.backward(grad, x, first, w_second, pair, wanted)
     if name == "cpp":

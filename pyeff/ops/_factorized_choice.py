@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyeff.ops._dispatch import forced_backend, measured_rates, winograd_allowed
+from pyeff.ops._dispatch import choose, forced_backend, measured_rates, winograd_allowed
 from pyeff.ops._factorized_pair import FactorPair, is_vertical_first, taps_of
 
 OP = "factorized_conv2d"
@@ -63,6 +63,15 @@ def forward_form(
         estimates(x, w_first, w_second, pair, forced=forced_backend() is not None).items(),
         key=lambda item: item[1],
     )[0]
+
+
+def backward_backend(x: Tensor) -> str:
+    """The backend of all gradients of a pair, for the device and the dtype of ``x``.
+
+    On the CPU the table of ``benchmarks/ops/factorized_backward.py`` says ATen for bfloat16 and our
+    kernels for every other dtype.
+    """
+    return choose(OP, x, direction="backward")
 
 
 def line_winograd(x: Tensor, weight: Tensor, pair: FactorPair) -> bool:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from pyeff import _C
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
-from pyeff.ops._dispatch import choose
-from pyeff.ops._factorized_choice import OP, Form, line_winograd
+from pyeff.ops._factorized_choice import Form, line_winograd
 from pyeff.ops._factorized_pair import ACTIVATIONS, FactorPair, is_vertical_first, taps_of
-from pyeff.ops._factorized_torch import activate, activation_backward, convolve_backward
+from pyeff.ops._factorized_torch import activate, activation_backward
 from pyeff.ops._packed import packed_line
 
 # Bias apart, what may follow a line: scale, shift, residual.
@@ -177,9 +176,6 @@ def _grad_weight(
     """Gradients of a line's weight and bias, those that are wanted."""
     if not wanted[0]:
         return None, _sum_over_pixels(grad) if wanted[1] else None
-    if choose(OP, x, direction="grad_weight") != "cpp":
-        found = convolve_backward(grad, x, weight, vertical, pair, (False, True, wanted[1]))
-        return found[1], found[2]
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if taps_of(weight) == 1:  # it has no axis of its own
         problem = _nested_problem(weight, pair, vertical)

@@ -258,3 +258,21 @@ def test_the_model_prefers_what_measurements_prefer():
     first, second = torch.empty(512, 512, 3, 1), torch.empty(512, 512, 1, 3)
     form = choice.forward_form("cpp", torch.empty(1, 512, 7, 7), first, second, pair)
     assert form.name == "two", "weights beyond the cache"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_come_from_the_backend_that_the_table_names(dtype, monkeypatch):
+    """ATen in bfloat16, where it was measured to be faster; the numbers hold in either case."""
+    calls = []
+    for name, module in (("torch", backends.aten), ("cpp", backends)):
+        attribute = "backward" if name == "torch" else "cpp_backward"
+        whole = getattr(module, attribute)
+        monkeypatch.setattr(
+            module, attribute, lambda *a, name=name, whole=whole: calls.append(name) or whole(*a)
+        )
+    for case in (CASES["everything"], CASES["stride 2, horizontal first"]):
+        check(case, dtype, "cpu", None)
+    assert set(calls) == {"torch" if dtype == torch.bfloat16 else "cpp"}
+    calls.clear()
+    check(CASES["everything"], dtype, "cpu", "cpp")
+    assert set(calls) == {"cpp"}, "a forced backend is used whatever the table says"
