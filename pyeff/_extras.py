@@ -16,14 +16,19 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         The module.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: it is not installed, and the message names the extra; or it does not load, such
+            as one that was built for another torch.
     """
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != package:
             raise
         raise ImportError(
             f"{package} is needed {purpose}: pip install pyeff[{extra}]", name=package
+        ) from error
+    except RuntimeError as error:
+        raise ImportError(
+            f"{package} is needed {purpose}, got one that does not load: {error}", name=package
         ) from error

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pyeff._extras import require
 from pyeff.checkpoint import FILE_NAME
 from pyeff.train.processes import joined
 from pyeff.train.segmentation_config import SegmentationConfig, load_segmentation
@@ -88,12 +89,15 @@ class SegmentationTrainer:
             ValueError: the data or the checkpoint is damaged, or the latter is of another run.
             FloatingPointError: a loss is not finite; names the step. The last checkpoint is kept.
             TrainingInterrupted: SIGINT came; the state was saved after the step.
+            ImportError: torchmetrics is missing, or pillow or safetensors.
         """
         if not (resume or overwrite) and self.checkpoint.exists():
             raise FileExistsError(
                 f"train: {self.out} must be a new folder, got one with a checkpoint: resume it, "
                 "overwrite it, or choose another"
             )
+        # Said now, not after an epoch.
+        require("torchmetrics.classification", "train", "to evaluate")
         with joined(self.config.device) as processes:
             self.first = processes.first
             session = SegmentationSession(self.config, self.data, processes)

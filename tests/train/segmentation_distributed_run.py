@@ -2,10 +2,12 @@
 
 import sys
 
+from torchvision_operators import torchvision_loads
 from train.segmentation_tiny import MODEL, segmentation_config
 
 from pyeff.train.segmentation_trainer import SegmentationTrainer
 
+torchvision_loads()
 SegmentationTrainer(
     segmentation_config(
         sys.argv[1],

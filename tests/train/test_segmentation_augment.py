@@ -81,7 +81,8 @@ def test_a_seed_decides_and_the_global_generator_does_not_move(way):
 
 
 def test_a_missing_torchvision_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.transforms.v2"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"torchvision is needed .* pip install pyeff\[vision\]"):
         theirs(*pairs(1))
 
