@@ -1,12 +1,10 @@
 """Plots of accuracy against what a level costs."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyeff._extras import require
-from pyeff.checkpoint import write_bytes_atomically
 from pyeff.train.evaluate import LevelResult
+from pyeff.train.picture import new_figure, write_picture
 
 _AXES = (("params", "parameters"), ("macs", "multiply-adds an image"))
 
@@ -30,17 +28,12 @@ def plot_levels(
         ValueError: no line has an accuracy.
         ImportError: matplotlib is missing.
     """
-    require("matplotlib", "train", "to draw plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
     shown = [r for r in results if r.accuracy is not None]
     if not shown:
         raise ValueError("plot_levels: results must hold accuracies, got none")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    # The canvas is named, so that no window system is asked for.
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), _AXES, strict=True):
         for index, task in enumerate(dict.fromkeys(r.task for r in shown)):
             color = f"C{index}"
@@ -76,6 +69,4 @@ def plot_levels(
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     if title:
         figure.suptitle(title)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=120)
-    write_bytes_atomically(path, picture.getvalue())
+    write_picture(figure, path)

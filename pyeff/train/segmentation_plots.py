@@ -1,35 +1,16 @@
 """Pictures of a run for segmentation: its course, and some frames beside their labels."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyeff._extras import require
-from pyeff.checkpoint import write_bytes_atomically
+from pyeff.train.picture import new_figure, write_picture
 from pyeff.train.segmentation_data import Colour
 from pyeff.train.segmentation_overlay import coloured, overlay
 
 _STAGES = {1: "encoder alone", 2: "whole network"}
-
-
-def _figure(width: float, height: float) -> Any:
-    require("matplotlib", "train", "to draw plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    # The canvas is named, so that no window system is asked for.
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=120)
-    write_bytes_atomically(path, picture.getvalue())
 
 
 def plot_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -42,7 +23,7 @@ def plot_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure(10, 3.8)
+    figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for stage, name in _STAGES.items():
         mine = [r for r in records if r["stage"] == stage]
@@ -57,7 +38,7 @@ def plot_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def plot_frames(
@@ -84,7 +65,7 @@ def plot_frames(
     if not frames:
         raise ValueError("plot_frames: frames must hold at least one, got none")
     height, width = frames[0][1].shape
-    figure = _figure(9, 0.8 + len(frames) * 3 * height / width)
+    figure = new_figure(9, 0.8 + len(frames) * 3 * height / width)
     from matplotlib.patches import Patch
 
     grid = figure.subplots(len(frames), 3, squeeze=False)
@@ -108,4 +89,4 @@ def plot_frames(
     )
     if title:
         figure.suptitle(title)
-    _write(figure, path)
+    write_picture(figure, path)

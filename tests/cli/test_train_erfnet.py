@@ -1,9 +1,11 @@
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,10 @@ TINY = [
     *("--batch-size", "4", "--scenes", "6", "--limit-test", "3"),
 ]
 SHORT = [*TINY, "--stage1-epochs", "1", "--epochs", "2"]
-COMMAND = [sys.executable, "-c", "from pyeff.cli.main import app; app()"]
+# As tests/conftest.py does for this process.
+LOADS = "from torchvision_operators import torchvision_loads; torchvision_loads()"
+COMMAND = [sys.executable, "-c", f"{LOADS}; from pyeff.cli.main import app; app()"]
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def invoke(*arguments):
@@ -162,7 +167,13 @@ def test_camvid_from_drawn_streets(run, tmp_path):
 
 def interrupted(out, arguments):
     """Starts a run, sends SIGINT when its first epoch is written, returns (code, stderr)."""
-    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None, process.stderr.read()
