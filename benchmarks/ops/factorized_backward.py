@@ -17,7 +17,7 @@ import torch
 from pyeff.ops import _factorized_cpp as cpp
 from pyeff.ops import _factorized_torch as aten
 from pyeff.ops._factorized_choice import backward_backend
-from pyeff.ops._factorized_pair import taps_of
+from pyeff.ops._factorized_pair import BackwardCall, taps_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,13 +39,9 @@ def times(shape: Shape, dtype: torch.dtype, vertical: bool, rounds: int) -> dict
     x, first, second, bias, pair = make_problem(shape, dtype, vertical)
     size = (x.shape[0], second.shape[0], *pair.output_size(x.shape, taps_of(first)))
     grad = torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
-    return measure(
-        {
-            "cpp": lambda: cpp.backward(grad, x, (first, bias), second, pair, ALL),
-            "torch": lambda: aten.backward(grad, x, (first, bias), second, pair, ALL),
-        },
-        rounds,
-    )
+    call = BackwardCall(grad, x, first, bias, second, pair, ALL)
+    calls = {"cpp": lambda: cpp.backward(call), "torch": lambda: aten.backward(call)}
+    return measure(calls, rounds)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -98,7 +98,7 @@ def candidates(
     return expected, {form: run(form) for form in expected}
 
 
-def measure(calls: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
+def measure(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
     """Seconds of CPU time of each, in shuffled rounds."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():

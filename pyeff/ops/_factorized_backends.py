@@ -16,7 +16,7 @@ from pyeff.ops._factorized_choice import OP, backward_backend, forward_form
 from pyeff.ops._factorized_cpp import CppCall, cpp_call
 from pyeff.ops._factorized_cpp import backward as cpp_backward
 from pyeff.ops._factorized_cpp import forward as cpp_forward
-from pyeff.ops._factorized_pair import FactorPair
+from pyeff.ops._factorized_pair import BackwardCall, FactorPair
 from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
 
 Grads = tuple[Tensor | None, ...]
@@ -58,34 +58,17 @@ def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> T
     raise _no_kernels(name)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    first: tuple[Tensor, Tensor | None],
-    w_second: Tensor,
-    pair: FactorPair,
-    wanted: tuple[bool, ...],
-) -> Grads:
-    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
-
-    Args:
-        grad: Gradient of the second convolution's result, [N, F, H', W'].
-        x: [N, C, H, W].
-        first: Weight and bias of the first convolution.
-        w_second: Of the second, with the scale multiplied in.
-        pair: The rest; ``outer`` plays no part.
-        wanted: One for each gradient.
-    """
-    name = backward_backend(x)
+def backward(call: BackwardCall) -> Grads:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted."""
+    name = backward_backend(call.x)
     if name in ("torch", "reference"):
-        return aten.backward(grad, x, first, w_second, pair, wanted)
+        return aten.backward(call)
     if name == "cpp":
-        return cpp_backward(grad, x, first, w_second, pair, wanted)
+        return cpp_backward(call)
     if name == "triton":
-        grad, x = as_channels_last(grad), as_channels_last(x)
-        gradients: Grads = _triton().backward(
-            grad, x, *first, w_second, pair[:3], pair.inner, wanted
-        )
+        grad, x, *weights, pair, wanted = call
+        maps = as_channels_last(grad), as_channels_last(x)
+        gradients: Grads = _triton().backward(*maps, *weights, pair[:3], pair.inner, wanted)
         return gradients
     raise _no_kernels(name)
 

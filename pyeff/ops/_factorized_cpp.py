@@ -8,7 +8,13 @@ from torch import Tensor
 from pyeff import _C
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
 from pyeff.ops._factorized_choice import Form, line_winograd
-from pyeff.ops._factorized_pair import ACTIVATIONS, FactorPair, is_vertical_first, taps_of
+from pyeff.ops._factorized_pair import (
+    ACTIVATIONS,
+    BackwardCall,
+    FactorPair,
+    is_vertical_first,
+    taps_of,
+)
 from pyeff.ops._factorized_torch import activate, activation_backward
 from pyeff.ops._packed import packed_line
 
@@ -89,25 +95,10 @@ def forward(
     return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    first: tuple[Tensor, Tensor | None],
-    w_second: Tensor,
-    pair: FactorPair,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
-
-    Args:
-        grad: Gradient of the second convolution's result, [N, F, H', W'].
-        x: [N, C, H, W].
-        first: Weight and bias of the first convolution.
-        w_second: Of the second.
-        pair: The rest; ``outer`` plays no part.
-        wanted: One for each gradient.
-    """
-    (w_first, b_first), vertical = first, is_vertical_first(first[0])
+def backward(call: BackwardCall) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted."""
+    grad, x, w_first, b_first, w_second, pair, wanted = call
+    vertical = is_vertical_first(w_first)
     grad, x = as_channels_last(grad), as_channels_last(x)
     through = any(wanted[:3])
     if not through and not wanted[3]:

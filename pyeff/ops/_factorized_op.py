@@ -13,7 +13,7 @@ from pyeff.ops._dispatch import forced_backend
 from pyeff.ops._eager import needs_composition
 from pyeff.ops._factorized_backends import Call, Tensors
 from pyeff.ops._factorized_cpp import forward as cpp_forward
-from pyeff.ops._factorized_pair import FactorPair, taps_of
+from pyeff.ops._factorized_pair import BackwardCall, FactorPair, taps_of
 from pyeff.ops._factorized_torch import activation_backward
 from pyeff.ops._register import register
 
@@ -59,7 +59,8 @@ def _backward_kernel(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     pair, wanted = FactorPair(args[0], args[1], args[2], args[3], None), args[4]
-    found = backends.backward(grad, x, (w_first, b_first), w_second, pair, tuple(wanted))
+    call = BackwardCall(grad, x, w_first, b_first, w_second, pair, tuple(wanted))
+    found = backends.backward(call)
     return tuple(
         x.new_empty(0) if g is None or not want else g if g.dim() != 4 else _settle(g, maps=i == 0)
         for i, (g, want) in enumerate(zip(found, wanted, strict=True))

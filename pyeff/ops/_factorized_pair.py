@@ -41,6 +41,28 @@ class FactorPair(NamedTuple):
         return output_size(size, taps, self.stride, self.padding, self.padding, self.dilation)
 
 
+class BackwardCall(NamedTuple):
+    """What the gradients of the two convolutions, and of the activation between them, come from.
+
+    Attributes:
+        grad: Gradient of the second convolution's result, [N, F, H', W'].
+        x: [N, C, H, W].
+        w_first: [L, C, n, 1] or [L, C, 1, n].
+        b_first: [L] or None.
+        w_second: [F, L, 1, n] or [F, L, n, 1], with the scale multiplied in.
+        pair: The rest; ``outer`` plays no part.
+        wanted: Of the gradients of x, w_first, b_first, w_second and b_second.
+    """
+
+    grad: Tensor
+    x: Tensor
+    w_first: Tensor
+    b_first: Tensor | None
+    w_second: Tensor
+    pair: FactorPair
+    wanted: tuple[bool, ...]
+
+
 def taps_of(weight: Tensor) -> int:
     """n of a weight [O, I, n, 1] or [O, I, 1, n]."""
     return weight.shape[2] * weight.shape[3]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
-from pyeff.ops._factorized_pair import FactorPair, is_vertical_first
+from pyeff.ops._factorized_pair import BackwardCall, FactorPair, is_vertical_first
 
 
 def activate(t: Tensor, name: str | None) -> Tensor:
@@ -67,25 +67,9 @@ def middle_map(
     return before, activate(before.clone(), pair.inner)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    first: tuple[Tensor, Tensor | None],
-    w_second: Tensor,
-    pair: FactorPair,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted.
-
-    Args:
-        grad: Gradient of the second convolution's result, [N, F, H', W'].
-        x: [N, C, H, W].
-        first: Weight and bias of the first convolution.
-        w_second: Of the second.
-        pair: The rest; ``outer`` plays no part.
-        wanted: One for each gradient.
-    """
-    w_first, b_first = first
+def backward(call: BackwardCall) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_first, b_first, w_second and b_second, those that are wanted."""
+    grad, x, w_first, b_first, w_second, pair, wanted = call
     vertical = is_vertical_first(w_first)
     through = any(wanted[:3])
     grad, x = as_channels_last(grad), as_channels_last(x)
