@@ -26,26 +26,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cpu_rows import OURS, PEAK, output_options, peak, peak_gflops, run_cases, write_rows
 from ops import branch_ways as ways
 from ops.branch_ways import Layer, Run
-from timing import (
-    Candidate,
-    Comparison,
-    compare,
-    machine_line,
-    markdown_table,
-    prefer_this_process,
-    write_json,
-    write_text,
-)
+from timing import Candidate, Comparison, compare, machine_line, markdown_table, write_text
 
 import pyeff
-from pyeff import _C
 from pyeff.ops import BranchPlan, branch_conv2d, branch_stage
 
-PEAK = "fma loop"
-PEAK_REPEATS = 20_000
-OURS = "pyeff"
 PER_LAYER = "pyeff (per layer)"
 LOOPS = ("loop", "loop nchw", "loop prepacked", "loop compiled")
 FORMULATIONS = ("gathered", "capacity-padded", "im2col + bmm", "im2col + grouped_mm", "dense")
@@ -218,7 +206,7 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
         finalists |= set(sorted(baselines, key=lambda name: first.time(name).median)[:FINALISTS])
         finalists.add(first.strongest(FORMULATIONS))
         final = {name: calls[name] for name in calls if name in finalists}
-        final[PEAK] = lambda: _C.run_fma_loop(PEAK_REPEATS, case.threads)
+        final[PEAK] = peak(case.threads)
         result = compare(
             final,
             rounds=5 if quick else 15,
@@ -246,7 +234,7 @@ def row_of(case: Case, flop: float, first: Comparison, result: Comparison) -> di
     formulation = result.strongest([n for n in baselines if n in FORMULATIONS])
     loop = result.strongest([n for n in baselines if n in LOOPS])
     over = result.speedup(OURS, strongest)
-    peak_gflops = _C.run_fma_loop(PEAK_REPEATS, case.threads) / result.time(PEAK).median / 1e9
+    most = peak_gflops(result, case.threads)
     row: dict[str, Any] = {
         "stage": case.stage,
         "branches": case.branches,
@@ -257,8 +245,8 @@ def row_of(case: Case, flop: float, first: Comparison, result: Comparison) -> di
         "ms_p10": ours.p10 * 1e3,
         "ms_p90": ours.p90 * 1e3,
         "gflops": flop / ours.median / 1e9,
-        "fma_gflops": peak_gflops,
-        "over_floor": ours.median / (flop / peak_gflops / 1e9),
+        "fma_gflops": most,
+        "over_floor": ours.median / (flop / most / 1e9),
         "strongest": strongest,
         "strongest_ms": result.time(strongest).median * 1e3,
         "over_strongest": over.median,
@@ -362,32 +350,22 @@ def main() -> None:
     """Runs the cases and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cases, one thread, few rounds")
-    parser.add_argument("--out", type=Path, help=f"folder for {NAME}.json, .md and .csv")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    output_options(parser, NAME)
     parser.add_argument("--part", choices=LAYERS, help="only this stage")
     arguments = parser.parse_args()
-    prefer_this_process()
-    print(machine_line())
-    rows = []
-    for case in cases(arguments.quick):
-        if arguments.part in (None, case.stage):
-            rows.append(measure(case, arguments.quick))
-            print(case.title(), show(rows[-1]), flush=True)
-            write(rows, arguments)  # what was measured stays if a later case is interrupted
+    run_cases(
+        (case for case in cases(arguments.quick) if arguments.part in (None, case.stage)),
+        lambda case: measure(case, arguments.quick),
+        show,
+        lambda rows: write(rows, arguments),
+    )
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The rows in every form and place that was asked for."""
-    out: Path | None = arguments.out
-    for path in (arguments.json, out and out / f"{NAME}.json"):
-        if path:
-            write_json(path, rows)
-    for path in (arguments.markdown, out and out / f"{NAME}.md"):
-        if path:
-            write_text(path, markdown(rows))
-    if out:
-        write_text(out / f"{NAME}.csv", csv_text(rows))
+    """The rows in every form and place that was asked for, in a folder also as CSV."""
+    write_rows(rows, NAME, arguments, markdown)
+    if arguments.out:
+        write_text(arguments.out / f"{NAME}.csv", csv_text(rows))
 
 
 if __name__ == "__main__":
