@@ -1,7 +1,9 @@
 """Commands whose options stand in tables."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +54,22 @@ def make_command(
     # typer reads the signature; writing each command's forty options out would hide what differs.
     vars(run)["__signature__"] = inspect.Signature(parameters)
     return run
+
+
+@contextmanager
+def exits_of_training() -> Iterator[None]:
+    """Around a training: what it raises ends the process, with one line instead of a traceback."""
+    from pyeff.train import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as stopped:
+        typer.echo(f"{stopped}; go on with --resume", err=True)
+        # 128 + SIGINT, as shells have it.
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
 
 
 def is_given(ctx: typer.Context, name: str) -> bool:

@@ -1,11 +1,10 @@
 """`pyeff train erfnet`: segmentation, from a folder of pictures to a trained network."""
 
-import sys
 from typing import Any
 
 import typer
 
-from pyeff.cli._options import Option, is_given, make_command, size_of
+from pyeff.cli._options import Option, exits_of_training, is_given, make_command, size_of
 
 _OPTIONS: list[Option] = [
     (
@@ -59,24 +58,16 @@ _ELSEWHERE = ("resume", "overwrite", "backend")
 
 
 def _train(ctx: typer.Context, name: str, values: dict[str, Any]) -> None:
-    from pyeff.train import TrainingInterrupted
     from pyeff.train.segmentation_report import train_and_report_segmentation
 
     given = {key: value for key, value in values.items() if is_given(ctx, key)}
-    try:
+    with exits_of_training():
         train_and_report_segmentation(
             _config(values, given),
             resume=values["resume"],
             overwrite=values["overwrite"],
             backend=values["backend"],
         )
-    except TrainingInterrupted as stopped:
-        typer.echo(f"{stopped}; go on with --resume", err=True)
-        # 128 + SIGINT, as shells have it.
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 def _config(values: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -1,12 +1,11 @@
 """`pyeff train dvn|backbone|decomposeme|...`: from a folder of images to a trained network."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from pyeff.cli._options import Option, is_given, make_command
+from pyeff.cli._options import Option, exits_of_training, is_given, make_command
 
 train = typer.Typer(
     name="train",
@@ -106,25 +105,16 @@ def _command(family: str, options: list[Option], doc: str) -> Callable[..., None
 
 
 def _train(ctx: typer.Context, family: str, values: dict[str, Any]) -> None:
-    from pyeff.train import TrainingInterrupted
     from pyeff.train.report import train_and_report
 
     given = {name: value for name, value in values.items() if is_given(ctx, name)}
-    try:
-        config = _config(family, values, given)
+    with exits_of_training():
         train_and_report(
-            config,
+            _config(family, values, given),
             resume=values["resume"],
             overwrite=values["overwrite"],
             backend=values["backend"],
         )
-    except TrainingInterrupted as stopped:
-        typer.echo(f"{stopped}; go on with --resume", err=True)
-        # 128 + SIGINT, as shells have it.
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 def _config(command: str, values: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Everything that decides a training run, in one object that a checkpoint can keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -141,11 +141,13 @@ class TrainConfig:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "model", dict(self.model))
         for name, choices in _CHOICES.items():
-            _check(self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
+            check_setting(
+                self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}"
+            )
         for name in ("epochs", "batch_size", "eval_every", "save_every"):
-            _check(self, name, getattr(self, name) >= 1, "be at least 1")
+            check_setting(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("limit_train", "limit_test", "image_size", "reference_epochs"):
-            _check(
+            check_setting(
                 self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive"
             )
         for name in (
@@ -155,14 +157,14 @@ class TrainConfig:
             "gate_loss_weight",
             "teacher_forcing_epochs",
         ):
-            _check(self, name, getattr(self, name) >= 0, "not be negative")
+            check_setting(self, name, getattr(self, name) >= 0, "not be negative")
         for name in ("momentum", "label_smoothing", "warmup"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
-        _check(self, "lr", self.lr > 0, "be positive")
-        _check(self, "prune_until", 0 < self.prune_until <= 1, "be in (0, 1]")
-        _check(self, "sandwich_levels", self.sandwich_levels >= 2, "be at least 2")
-        _check(self, "tasks", bool(self.tasks), "name at least one task")
-        _check(
+            check_setting(self, name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
+        check_setting(self, "lr", self.lr > 0, "be positive")
+        check_setting(self, "prune_until", 0 < self.prune_until <= 1, "be in (0, 1]")
+        check_setting(self, "sandwich_levels", self.sandwich_levels >= 2, "be at least 2")
+        check_setting(self, "tasks", bool(self.tasks), "name at least one task")
+        check_setting(
             self,
             "model",
             "family" in self.model,
@@ -170,7 +172,7 @@ class TrainConfig:
         )
         self._check_compression()
         learned = self.model.get("gate", "supervised") != "supervised"
-        _check(
+        check_setting(
             self,
             "teacher_forcing_epochs",
             not (learned and self.teacher_forcing_epochs),
@@ -180,20 +182,22 @@ class TrainConfig:
     def _check_compression(self) -> None:
         if self.compress is None:
             for name in ("target_params", "reload_epoch", "energy"):
-                _check(self, name, getattr(self, name) is None, "be left out without compress")
+                check_setting(
+                    self, name, getattr(self, name) is None, "be left out without compress"
+                )
             return
         object.__setattr__(self, "compress", check_compress(self.compress))
         target, epoch, energy = self.target_params, self.reload_epoch, self.energy
-        _check(self, "target_params", target is None or 0 < target < 1, "be in (0, 1)")
-        _check(self, "energy", energy is None or 0 < energy <= 1, "be in (0, 1]")
-        _check(
+        check_setting(self, "target_params", target is None or 0 < target < 1, "be in (0, 1)")
+        check_setting(self, "energy", energy is None or 0 < energy <= 1, "be in (0, 1]")
+        check_setting(
             self,
             "reload_epoch",
             epoch is None or 1 <= epoch <= self.epochs,
             f"be in 1..{self.epochs}",
         )
         family = str(self.model.get("family"))
-        _check(
+        check_setting(
             self,
             "model",
             family not in ("dvn", "nestednet", "erfnet") and not family.startswith("hydranet"),
@@ -221,13 +225,37 @@ def config_from_json(document: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: an unknown key (from another version of pyeff), or a value out of range.
     """
-    known = {f.name for f in fields(TrainConfig)}
-    unknown: Sequence[str] = sorted(set(document) - known)
-    if unknown:
-        raise ValueError(f"TrainConfig: keys must be known ones, got {unknown}")
+    check_keys(TrainConfig, document)
     return TrainConfig(**document)
 
 
-def _check(config: TrainConfig, name: str, holds: bool, contract: str) -> None:
+def check_keys(kind: type, document: Mapping[str, Any]) -> None:
+    """Refuses settings that a kind of run does not have.
+
+    Args:
+        kind: a dataclass of settings.
+        document: name to value.
+
+    Raises:
+        ValueError: lists the unknown ones.
+    """
+    unknown = sorted(set(document) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ValueError(f"{kind.__name__}: keys must be known ones, got {unknown}")
+
+
+def check_setting(config: object, name: str, holds: bool, contract: str) -> None:
+    """Refuses a value.
+
+    Args:
+        config: the settings.
+        name: of the one that is checked.
+        holds: whether it is what it must be.
+        contract: that, as the end of "must ...".
+
+    Raises:
+        ValueError: it is not; names the settings' class, the contract and the value.
+    """
     if not holds:
-        raise ValueError(f"TrainConfig: {name} must {contract}, got {getattr(config, name)!r}")
+        kind = type(config).__name__
+        raise ValueError(f"{kind}: {name} must {contract}, got {getattr(config, name)!r}")

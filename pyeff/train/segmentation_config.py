@@ -1,12 +1,13 @@
 """Everything that decides a training run for segmentation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyeff.train.camvid import read_camvid
 from pyeff.train.cityscapes import read_cityscapes
+from pyeff.train.config import check_keys, check_setting
 from pyeff.train.segmentation_data import Reading, SegmentationData
 from pyeff.train.segmentation_folder import read_segmentation_folder
 from pyeff.train.segmentation_metrics import EVAL_SIZES
@@ -111,28 +112,30 @@ class SegmentationConfig:
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "model", dict(self.model))
         for name, choices in _CHOICES.items():
-            _check(self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
-        _check(
+            check_setting(
+                self, name, getattr(self, name) in choices, f"be one of {', '.join(choices)}"
+            )
+        check_setting(
             self,
             "size",
             len(size) == 2 and min(size) >= _LEAST_SIDE,
             f"be height and width of at least {_LEAST_SIDE} pixels",
         )
         for name in ("epochs", "batch_size", "eval_every", "save_every", "scenes"):
-            _check(self, name, getattr(self, name) >= 1, "be at least 1")
+            check_setting(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("stage1_epochs", "power", "weight_decay"):
-            _check(self, name, getattr(self, name) >= 0, "not be negative")
+            check_setting(self, name, getattr(self, name) >= 0, "not be negative")
         for name in ("limit_train", "limit_test"):
-            _check(
+            check_setting(
                 self, name, getattr(self, name) is None or getattr(self, name) >= 1, "be positive"
             )
-        _check(self, "lr", self.lr > 0, "be positive")
+        check_setting(self, "lr", self.lr > 0, "be positive")
         if self.init_from is not None:
             start = Path(self.init_from).resolve()
             start = start.parent if start.suffix == ".safetensors" else start
             other = Path(self.out).resolve() != start
-            _check(self, "init_from", other, f"be of another run than out, {self.out!r}")
-        _check(self, "model", "family" in self.model, "have a family (erfnet)")
+            check_setting(self, "init_from", other, f"be of another run than out, {self.out!r}")
+        check_setting(self, "model", "family" in self.model, "have a family (erfnet)")
 
     def to_json(self) -> dict[str, Any]:
         """The run as a JSON-able document."""
@@ -155,10 +158,7 @@ def segmentation_config_from_json(document: Mapping[str, Any]) -> SegmentationCo
     Raises:
         ValueError: an unknown key (from another version of pyeff), or a value out of range.
     """
-    known = {f.name for f in fields(SegmentationConfig)}
-    unknown: Sequence[str] = sorted(set(document) - known)
-    if unknown:
-        raise ValueError(f"SegmentationConfig: keys must be known ones, got {unknown}")
+    check_keys(SegmentationConfig, document)
     return SegmentationConfig(**document)
 
 
@@ -188,10 +188,3 @@ def load_segmentation(
     if config.dataset == "streets":
         return read_streets(reading, config.scenes)
     return _READERS[config.dataset](Path(config.data) if config.data is not None else None, reading)
-
-
-def _check(config: SegmentationConfig, name: str, holds: bool, contract: str) -> None:
-    if not holds:
-        raise ValueError(
-            f"SegmentationConfig: {name} must {contract}, got {getattr(config, name)!r}"
-        )

@@ -13,6 +13,7 @@ from pyeff.train.segmentation_config import SegmentationConfig, load_segmentatio
 from pyeff.train.segmentation_data import SegmentationData
 from pyeff.train.segmentation_metrics import SegmentationScore
 from pyeff.train.segmentation_session import SegmentationSession
+from pyeff.train.state import check_new
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,8 @@ class SegmentationTrainer:
             TrainingInterrupted: SIGINT came; the state was saved after the step.
             ImportError: torchmetrics is missing, or pillow or safetensors.
         """
-        if not (resume or overwrite) and self.checkpoint.exists():
-            raise FileExistsError(
-                f"train: {self.out} must be a new folder, got one with a checkpoint: resume it, "
-                "overwrite it, or choose another"
-            )
+        if not (resume or overwrite):
+            check_new(self.checkpoint)
         # Said now, not after an epoch.
         require("torchmetrics.classification", "train", "to evaluate")
         with joined(self.config.device) as processes:

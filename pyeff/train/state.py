@@ -136,6 +136,22 @@ def load_state(
     return progress, meta
 
 
+def check_new(path: Path) -> None:
+    """Refuses to start a run over another one.
+
+    Args:
+        path: of its checkpoint.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    if path.exists():
+        raise FileExistsError(
+            f"train: {path.parent} must be a new folder, got one with a checkpoint: resume it, "
+            "overwrite it, or choose another"
+        )
+
+
 def check_finite(model: nn.Module, step: int, path: Path) -> None:
     """Refuses to replace a good checkpoint by weights that are spoilt.
 

@@ -20,7 +20,7 @@ from pyeff.train.partition_run import (
 )
 from pyeff.train.processes import Processes, joined
 from pyeff.train.session import Session, TrainResult
-from pyeff.train.state import write_settings
+from pyeff.train.state import check_new, write_settings
 from pyeff.train.tasks import TaskData, load_tasks
 
 
@@ -82,11 +82,8 @@ class Trainer:
             FloatingPointError: a loss is not finite; names the step. The last checkpoint is kept.
             TrainingInterrupted: SIGINT came; the state was saved after the step.
         """
-        if not (resume or overwrite) and self.checkpoint.exists():
-            raise FileExistsError(
-                f"train: {self.out} must be a new folder, got one with a checkpoint: resume it, "
-                "overwrite it, or choose another"
-            )
+        if not (resume or overwrite):
+            check_new(self.checkpoint)
         with joined(self.config.device) as processes:
             self.first = processes.first
             reference = Path(reference_config(self.config).out) / FILE_NAME
