@@ -56,11 +56,14 @@ struct DotTile {
       for (int p = 0; p < P; ++p) acc[p][z] = init;
     }
     const Index fetched = ceil_div(P, larger(call.tap_count, 1));
-    const std::uint16_t* out = call.out;
+    const std::uint16_t *out = call.out, *residual = call.residual;
     for (Index t = 0; t < call.tap_count; ++t) {
       const std::uint16_t* a = call.taps[t].a + call.a_offset;
       const std::uint32_t* b = call.taps[t].b + call.b_offset;
       for (Index i = 0; i < fetched; ++i, out += call.out_pixel) prefetch_to_write(out);
+      if (residual != nullptr) {
+        for (Index i = 0; i < fetched; ++i, residual += call.residual_pixel) prefetch(residual);
+      }
       if constexpr (kChannels > 0) {
         add_tap<P, Z>(a, b, acc);
       } else {

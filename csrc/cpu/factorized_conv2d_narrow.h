@@ -25,11 +25,14 @@ struct NarrowTile {
     begin_epilogue_tile<A, P, Z>(call, acc);
     // The lines that are written at the end are fetched before, a few with every tap.
     const Index fetched = ceil_div(P, larger(call.tap_count, 1));
-    const A* out = call.out;
+    const A *out = call.out, *residual = call.residual;
     for (Index t = 0; t < call.tap_count; ++t) {
       const A* a = call.taps[t].a + call.a_offset;
       const A* b = call.taps[t].b + call.b_offset;
       for (Index i = 0; i < fetched; ++i, out += call.out_pixel) prefetch_to_write(out);
+      if (residual != nullptr) {
+        for (Index i = 0; i < fetched; ++i, residual += call.residual_pixel) prefetch(residual);
+      }
 #pragma GCC unroll 2
       for (int k = 0; k < kChannels; ++k) {
         Vec<A> weight[Z];
