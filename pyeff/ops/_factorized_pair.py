@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pyeff.ops._conv_args import Pair, output_size
 
+# Between the first and the last tap: more than any map has.
+_FAR = 2**20
 ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish")
 
 
@@ -36,6 +38,20 @@ class FactorPair(NamedTuple):
         if vertical:
             return (self.stride, 1), (self.padding, 0), (self.dilation, 1)
         return (1, self.stride), (0, self.padding), (1, self.dilation)
+
+    def with_taps_near(self, x: Sequence[int], taps: int) -> "FactorPair":
+        """The same convolutions with a dilation no larger than it takes to miss the map.
+
+        Only the middle tap meets a map of the shape ``x`` where the dilation is larger than its
+        sides, whatever it is; ATen fails, or ends the process, near 2^31.
+        """
+        if self.dilation * (taps - 1) < _FAR:  # sizes may be symbols: not to be compared in vain
+            return self
+        beyond = self.padding - self.dilation * (taps // 2)  # what "same" would be
+        enough = max(*x[2:], 1) + max(beyond, 0)
+        if enough >= self.dilation:
+            return self
+        return self._replace(dilation=enough, padding=enough * (taps // 2) + beyond)
 
     def _along(self, size: int, taps: int) -> int:
         return output_size(size, taps, self.stride, self.padding, self.padding, self.dilation)

@@ -80,7 +80,7 @@ def factorized_conv2d(
         _check_tensors(tensors)
         pair = _pair(tensors, stride, padding, dilation, inner, outer)
         _check_shapes(tensors, pair)
-        return pair
+        return pair.with_taps_near(tensors.x.shape, taps_of(tensors.w_first))
 
     if plain:
         options = (stride, padding, dilation, inner, outer, winograd_allowed())
@@ -183,6 +183,11 @@ def _check_shapes(tensors: Tensors, pair: FactorPair) -> None:
             f"w_second must have the {middle} output channels of w_first as inputs, "
             f"got {w_second.shape[1]}"
         ),
+    )
+    require(
+        OP,
+        x.shape[2] > 0 and x.shape[3] > 0,
+        lambda: f"x must have at least one pixel, got {list(x.shape)}",
     )
     height, width = pair.output_size(x.shape, taps_of(w_first))
     require(

@@ -12,6 +12,10 @@ from ops.test_factorized_conv2d import DTYPES, ISAS, LAYOUTS, call, check
 
 import pyeff
 from pyeff.ops import factorized_conv2d
+from pyeff.ops._factorized_choice import Form
+from pyeff.ops._factorized_cpp import cpp_call
+from pyeff.ops._factorized_cpp import forward as cpp_forward
+from pyeff.ops._factorized_pair import FactorPair
 from pyeff.reference.factorized_conv2d import factorized_conv2d as reference
 
 LARGEST = 2**31 - 1
@@ -66,13 +70,40 @@ def test_a_dilation_far_beyond_the_image_takes_no_memory(dtype, vertical_first):
     near = Case(2, 6, 16, 5, (5, 6), dilation=16, vertical_first=vertical_first, given=ALL)
     tensors = near.tensors(dtype)
     leaves = [t.requires_grad_() for t in tensors.values() if t is not None]
-    results = []
-    for case in (near, replace(near, dilation=LARGEST)):
-        with pyeff.backend("cpp"):
-            y = call(factorized_conv2d, tensors, case.options())
-            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
-    for close, far in zip(*results, strict=True):
-        torch.testing.assert_close(far, close)
+    for backend in ("reference", "torch", "cpp"):
+        results = []
+        for case in (near, replace(near, dilation=LARGEST)):
+            with pyeff.backend(backend):
+                y = call(factorized_conv2d, tensors, case.options())
+                results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for close, far in zip(*results, strict=True):
+            torch.testing.assert_close(far, close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", [3, 5])
+@pytest.mark.parametrize("beyond", [-2, 0, 3])
+def test_the_kernels_themselves_take_any_dilation(beyond, taps, dtype):
+    """The operator brings such taps nearer before it calls them."""
+    case = Case(1, 6, 17, 5, (7, 6), taps)
+    tensors = case.tensors(dtype)
+    pairs = [
+        FactorPair(1, d * (taps // 2) + beyond, d, "relu", None) for d in (16, LARGEST // taps)
+    ]
+    assert pairs[1].with_taps_near(tensors["x"].shape, taps).dilation == 7 + max(beyond, 0)
+    for vertical_first in (True, False):
+        if not vertical_first:
+            tensors["w_first"], tensors["w_second"] = (
+                tensors[name].mT for name in ("w_first", "w_second")
+            )
+        weights = tensors["w_first"], tensors["w_second"]
+        near, far = (
+            cpp_forward(
+                cpp_call(tensors["x"], *weights, pair, Form("fused", False)), *tensors.values()
+            )
+            for pair in pairs
+        )
+        assert torch.equal(near, far)
 
 
 def assert_same_kind(got, want, what):

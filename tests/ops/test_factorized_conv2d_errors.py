@@ -74,7 +74,9 @@ def test_the_call_itself_is_accepted():
             dict(padding="valid", dilation=3),
             r"x must be at least as large as the kernels, got \[2, 4, 5, 7\] for 3 taps, padding 0",
         ),
-        (dict(x=(2, 4, 0, 7)), "x must be at least as large as the kernels"),
+        (dict(x=(2, 4, 2, 7), padding=0), "x must be at least as large as the kernels"),
+        (dict(x=(2, 4, 0, 7)), r"x must have at least one pixel, got \[2, 4, 0, 7\]"),
+        (dict(x=(2, 4, 5, 0), padding=2), r"x must have at least one pixel, got \[2, 4, 5, 0\]"),
         (dict(x=torch.randn(2, 4, 5, 7).double()), "w_first must have the dtype of x, .*float64"),
         (dict(scale=torch.randn(5).half()), "scale must have the dtype of x, .*float32, got"),
         (
