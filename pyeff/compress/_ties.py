@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyeff._extras import require
 from pyeff.compress.channel_group import CONSUMER, NORM, PRODUCER, SCALE, Member
@@ -156,10 +157,11 @@ def _graph(
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = pruning.DependencyGraph().build_dependency(
+            shapes = _Shapes()
+            graph = _graph_class(pruning, shapes)().build_dependency(
                 traced,
                 leaves,
-                forward_fn=lambda net, given: net(*given),
+                forward_fn=shapes.of,
                 output_transform=outputs_of,
                 customized_pruners={Entry: _entry_pruner(pruning)},
                 verbose=False,
@@ -174,23 +176,95 @@ def _graph(
         raise ValueError(
             f"{_OP}: model must give tensors that autograd recorded, got outputs without a graph"
         )
-    _order_splits(graph)
     return graph, ends
 
 
-def _order_splits(graph: Any) -> None:
+class _Shapes(TorchFunctionMode):
+    """How many channels the results of a forward pass have, by autograd's nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: dict[Any, int] = {}
+
+    def of(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        """Runs a network and remembers."""
+        with self:
+            return net(*inputs)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # Of other numbers of dimensions it is not known which one counts the channels.
+        if isinstance(out, Tensor) and out.dim() in (2, 4) and out.grad_fn is not None:
+            self.channels[out.grad_fn] = out.shape[1]
+        return out
+
+
+def _graph_class(pruning: ModuleType, shapes: _Shapes) -> Any:
+    """torch-pruning's graph, with what it takes for granted about splits and views put right.
+
+    What it has to infer, and may fail to, it is told: the channels of sums and concatenations.
+    """
+
+    def trace(self: Any, *args: Any, **options: Any) -> Any:
+        nodes = pruning.DependencyGraph._trace(self, *args, **options)
+        for node in nodes.values():
+            kind = type(node.module).__name__
+            if kind == "_SplitOp":
+                _order_parts(node)
+            elif kind == "_ReshapeOp" and _keeps_a_map(node):
+                node.type = pruning.ops.OPTYPE.ELEMENTWISE
+        return nodes
+
+    def told(infer: Any) -> Any:
+        def channels(self: Any, at: Any) -> Any:
+            found = infer(self, at)
+            node = at if hasattr(at, "grad_fn") else self.module2node.get(at)
+            if found is None and type(node.module).__name__ in ("_ElementWiseOp", "_ConcatOp"):
+                return shapes.channels.get(node.grad_fn)
+            return found
+
+        return channels
+
+    base = pruning.DependencyGraph
+    methods = {
+        "_trace": trace,
+        "get_out_channels": told(base.get_out_channels),
+        "get_in_channels": told(base.get_in_channels),
+    }
+    return type("Graph", (base,), methods)
+
+
+def _order_parts(node: Any) -> None:
     """Sorts what reads the parts of a split by part; torch-pruning has them as it met them."""
-    for node in graph.module2node.values():
-        if type(node.module).__name__ != "_SplitOp":
-            continue
-        readers = [
-            (part, at, reader)
-            for at, reader in enumerate(dict.fromkeys(node.outputs))
-            for function, part in reader.grad_fn.next_functions
-            if function == node.grad_fn
-        ]
-        if len(readers) == len(node.outputs):
-            node.outputs = [reader for _, _, reader in sorted(readers, key=lambda r: r[:2])]
+    readers = [
+        (part, at, reader)
+        for at, reader in enumerate(dict.fromkeys(node.outputs))
+        for function, part in reader.grad_fn.next_functions
+        if function == node.grad_fn
+    ]
+    if len(readers) == len(node.outputs):
+        node.outputs = [reader for _, _, reader in sorted(readers, key=lambda r: r[:2])]
+
+
+def _keeps_a_map(node: Any) -> bool:
+    """Whether a view is of a map that convolutions read after it: no flatten before a linear layer.
+
+    torch-pruning takes every view for a flatten and fails where the numbers do not fit.
+    """
+    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+    if len(sizes) < 3:
+        return False
+    seen, ahead = set(), list(node.outputs)
+    while ahead:
+        reader = ahead.pop()
+        if isinstance(reader.module, nn.modules.conv._ConvNd):
+            return True
+        if reader not in seen and not makes_channels(reader.module):
+            seen.add(reader)
+            ahead.extend(reader.outputs)
+    return False
 
 
 def _entry_pruner(pruning: ModuleType) -> Any:
