@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,4 +166,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: s
         if wanted[name].dtype != tensor.dtype and tensor.dtype == torch.float64:
             model.double()
             break
-    model.load_state_dict(found)
+    state: Any = OrderedDict(found)
+    # The versions of the layers' formats, without which some refuse a state dict.
+    state._metadata = getattr(wanted, "_metadata", {})
+    model.load_state_dict(state)

@@ -196,3 +196,26 @@ def test_networks_of_others_are_loaded_into_their_base(tmp_path):
         load(tmp_path / "other.safetensors", base=Scaled(8))
     with pytest.raises(TypeError, match=r"must come from shrink or factorize, got Scaled"):
         save(base, tmp_path / "base.safetensors")
+
+
+class Versioned(nn.Module):
+    """A layer that refuses a state dict of an unknown format, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 1)
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        if metadata.get("version") != 2:
+            raise ValueError(metadata.get("version"))
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_the_versions_of_layers_are_kept(tmp_path):
+    model = Versioned(4)
+    carry_description(model, Versioned(6))
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors", base=Versioned(6))
+    assert torch.equal(again.conv.weight, model.conv.weight)
