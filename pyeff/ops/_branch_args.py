@@ -53,3 +53,12 @@ def route_index(
     if validate and index.is_cuda and not torch.compiler.is_compiling():
         kernel_index(op, index, branches, validate=True)
     return index
+
+
+def require_one_per_route(op: str, what: str, x: Tensor, index: Tensor) -> None:
+    """Of an x [N, k, ...] that has one ``what`` for every pair: k is that of the index."""
+    require(
+        op,
+        x.shape[1] == index.shape[1],
+        lambda: f"x must have {what} for each of {index.shape[1]} routes, got {list(x.shape)}",
+    )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import check_bias, index_of, route_index
+from pyeff.ops._branch_args import check_bias, index_of, require_one_per_route, route_index
 from pyeff.ops._branch_conv2d_backends import OP, Call, cpp_call
 from pyeff.ops._branch_conv2d_op import run
 from pyeff.ops._branch_maps import Conv
@@ -136,11 +136,7 @@ def _check_shapes(x: Tensor, weight: Tensor, index: Tensor, conv: Conv) -> None:
         lambda: f"x must have maps of at least one pixel, got {list(x.shape)}",
     )
     if x.dim() == 5:
-        require(
-            OP,
-            x.shape[1] == index.shape[1],
-            lambda: f"x must have a map for each of {index.shape[1]} routes, got {list(x.shape)}",
-        )
+        require_one_per_route(OP, "a map", x, index)
     height, width = conv.output_size(x, weight)
     require(
         OP,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyeff.ops._branch_args import check_bias, index_of, route_index
+from pyeff.ops._branch_args import check_bias, index_of, require_one_per_route, route_index
 from pyeff.ops._branch_conv2d_backends import Call, cpp_call
 from pyeff.ops._branch_conv2d_op import run
 from pyeff.ops._branch_maps import Conv
@@ -99,8 +99,4 @@ def _check_shapes(x: Tensor, weight: Tensor, index: Tensor) -> None:
         lambda: f"x must have the {weight.shape[2]} features of a branch, got {x.shape[-1]}",
     )
     if x.dim() == 3:
-        require(
-            OP,
-            x.shape[1] == index.shape[1],
-            lambda: f"x must have a row for each of {index.shape[1]} routes, got {list(x.shape)}",
-        )
+        require_one_per_route(OP, "a row", x, index)

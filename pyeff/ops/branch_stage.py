@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from pyeff.ops import _branch_stage_backends as backends
-from pyeff.ops._branch_args import route_index
+from pyeff.ops._branch_args import require_one_per_route, route_index
 from pyeff.ops._branch_index import kernel_index
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_stage_op import forward_op, refuse_gradient
 from pyeff.ops._branch_steps import OP
 from pyeff.ops._dispatch import forced_backend
 from pyeff.ops._eager import is_plain
-from pyeff.ops._tensor_args import check_tensor, require
+from pyeff.ops._tensor_args import check_tensor
 from pyeff.ops.top_k_routes import Routes
 
 
@@ -110,11 +110,5 @@ def _check(x: Tensor, routes: Routes | Tensor, plan: BranchPlan, validate: bool)
             )
     index = route_index(OP, routes, x, plan.branches, validate=validate)
     if x.dim() == max(ranks):
-        require(
-            OP,
-            x.shape[1] == index.shape[1],
-            lambda: (
-                f"x must have one input for each of {index.shape[1]} routes, got {list(x.shape)}"
-            ),
-        )
+        require_one_per_route(OP, "one input", x, index)
     plan.output_shape(x.shape[-1 if plan.vector else -3 :])
