@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compression_arms import Arm, Plan, train
-from compression_inference import markdown_times, time_networks
+from compression_inference import FORMS, markdown_times, time_networks
 from compression_tables import (
     collect,
     draw_accuracy,
@@ -107,14 +107,21 @@ def without_loss(arms: dict[str, Any], measure: str) -> dict[str, Any] | None:
     return best
 
 
-def measured(plan: Plan, threads: int) -> list[dict[str, Any]]:
+def measured(plan: Plan, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Inference of all arms' networks on test images."""
     seed = plan.seeds[0]
     arms = [arm for arm in plan.arms if seed in plan.seeds_of(arm)]
     (task,) = load_config_tasks(plan.config(arms[0], seed))
     networks = {arm.name: pyeff.load(plan.folder(arm, seed)) for arm in arms}
     images = normalise(task.test_images[: max(BATCHES)], task.mean, task.std)
-    return time_networks(networks, images, BATCHES, threads)
+    return time_networks(
+        networks,
+        images,
+        BATCHES,
+        arguments.threads,
+        forms=arguments.forms,
+        max_seconds=arguments.max_seconds,
+    )
 
 
 def print_tables(document: dict[str, Any]) -> None:
@@ -145,7 +152,7 @@ def finish(plan: Plan, arguments: argparse.Namespace) -> None:
             measure: without_loss(arms, measure)
             for measure in ("accuracy_percent", "class_mean_percent")
         },
-        "inference": measured(plan, arguments.threads) if arguments.time else [],
+        "inference": measured(plan, arguments) if arguments.time else [],
     }
     stem = arguments.out / NAME
     text = json.dumps(document, indent=1) + "\n"
@@ -178,6 +185,8 @@ def main() -> None:
     parser.add_argument("--limit-test", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time", action="store_true", help="measure inference too")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="of timing, for a batch")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

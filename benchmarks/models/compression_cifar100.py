@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compression_arms import KINDS, Plan, arms_of, train
-from compression_inference import markdown_times, time_networks, time_steps
+from compression_inference import FORMS, markdown_times, time_networks, time_steps
 from compression_tables import collect, draw_accuracy, draw_layers, draw_times, print_arms
 from timing import machine, markdown_table
 
@@ -57,6 +57,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 RECIPE: dict[str, Any] = {"schedule": "onecycle", "lr": 0.1, "weight_decay": 5e-4}
 # The comparison that the page is about.
 HEADLINE = ("dense", "group", "lowrank", "both", "posthoc", "small")
+TIMED = ("dense", "group", "lowrank", "both")
 BATCHES = (1, 32)
 
 
@@ -101,17 +102,28 @@ def _penalties(words: str) -> dict[str, Any]:
     return options
 
 
-def measured(plan: Plan, threads: int) -> dict[str, Any]:
-    """Inference of all arms' networks, and a training step of those that reloading is about."""
+def measured(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Inference of the headline's networks, and a training step of those of reloading."""
     seed = plan.seeds[0]
     arms = [arm for arm in plan.arms if seed in plan.seeds_of(arm)]
     (task,) = load_config_tasks(plan.config(arms[0], seed))
     loaded = {arm.name: pyeff.load(plan.folder(arm, seed)) for arm in arms}
-    # Small has the layers of both.
-    networks = {arm.name: loaded[arm.name] for arm in arms if arm.kind != "small"}
+    # Small has the layers of both; posthoc and the others are of the same size.
+    networks = {
+        arm.name: loaded[arm.name]
+        for arm in arms
+        if arm.kind in TIMED and arm.name in plan.headline
+    }
     size = plan.config(arms[0], seed).batch_size
     images = normalise(task.train_images[:size], task.mean, task.std)
-    rows = time_networks(networks, images, BATCHES, threads)
+    rows = time_networks(
+        networks,
+        images,
+        BATCHES,
+        arguments.threads,
+        forms=arguments.forms,
+        max_seconds=arguments.max_seconds,
+    )
     reloaded = {a.name: copy.deepcopy(loaded[a.name]) for a in arms if a.kind == "reload"}
     steps = time_steps(
         {"dense": copy.deepcopy(loaded["dense"]), **reloaded},
@@ -178,7 +190,7 @@ def finish(plan: Plan, arguments: argparse.Namespace) -> None:
         "step_seconds": {},
     }
     if arguments.time:
-        document |= measured(plan, arguments.threads)
+        document |= measured(plan, arguments)
     document["reload"] = reload_rows(document)
     stem = arguments.out / f"compression_{plan.name}"
     text = json.dumps(document, indent=1) + "\n"
@@ -220,6 +232,8 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--limit-test", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time", action="store_true", help="measure inference and a step too")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="of timing, for a batch")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

