@@ -116,6 +116,10 @@ class Compressor:
     rows cannot raise a rank, and cutting singular values keeps zero rows zero, so that what both
     have made survives.
 
+    Batch norms hide in training how short the filters before them have become; their running
+    statistics do not know yet. Take them anew (:func:`pyeff.train.calibrate`) before the network is
+    evaluated or compressed, as ``pyeff train`` does.
+
     Args:
         model: the network that is trained, not wrapped.
         example: its input, a tensor or several; one image is enough.

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 _GROUP = ("alpha", "first_layers", "first_factor", "include_norm", "floor", "tied", "mask", "every")
 _RANK = ("every",)
+# Of training images, for batch norm's statistics after a step of the penalties.
+_BATCHES = 8
 _SMALLER = ("form", "only_if", "constants", "round_to")
 
 
 class CompressSession(Session):
     """A :class:`Session` with a :class:`~pyeff.compress.Compressor`.
 
-    At the end of ``reload_epoch`` (or of the last) the network is replaced by the smaller one, the
-    optimiser's momenta of what is left are carried over, and the training goes on without
+    Penalties act at the end of an epoch, and batch norms' running statistics are taken anew after
+    them. At the end of ``reload_epoch`` (or of the last) the network is replaced by the smaller
+    one, the optimiser's momenta of what is left are carried over, and the training goes on without
     penalties. The first process makes the smaller network and gives it to the others.
     """
 
@@ -96,6 +99,7 @@ class CompressSession(Session):
             # Every process has done the same; rounding on another machine must not part them.
             self.processes.copy(list(self.model.parameters()))
             self._seen = self.compressor.statistics()
+            self._renew_statistics()
             if self.progress.step == self.last_epoch * self.trainer.steps_per_epoch:
                 self._reload(self.compressor, bar)
             self.progress.seconds += time.perf_counter() - began
@@ -117,9 +121,19 @@ class CompressSession(Session):
         self.processes.copy([*self.model.parameters(), *self.model.buffers()])
         self._share_momenta()
         self.model.train()
+        self._renew_statistics()
         self.compressor, self.compressed = None, document["compressed"]
         count, left = document["compressed"]["parameters"]
         bar.say(f"reload: {count:,} -> {left:,} parameters ({left / count:.1%})")
+
+    def _renew_statistics(self) -> None:
+        """Batch norm's running statistics for the weights as they are now.
+
+        Those of the weights before the penalties' step are of no use: filters are shorter by a
+        good part now, and what a dead one's norm puts out is folded into the layers after it.
+        """
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules()):
+            self.calibrate(self.config.calibrate or _BATCHES)
 
     def _plain_copy(self) -> nn.Module:
         """The network with its own batch norms, which wait for no other process."""

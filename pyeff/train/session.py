@@ -185,7 +185,7 @@ class Session:
                         f"state is in {self.trainer.checkpoint}"
                     )
         if self.config.calibrate:
-            self._calibrate()
+            self.calibrate(self.config.calibrate)
             self.accuracy = self.evaluate()
         self.model.eval()
         return TrainResult(self.model, self.accuracy, self.history.records, self.progress.seconds)
@@ -310,12 +310,16 @@ class Session:
             for level in range(1, self.levels + 1)
         ]
 
-    def _calibrate(self) -> None:
-        """Statistics from the first images of each task, without augmentation."""
+    def calibrate(self, count: int) -> None:
+        """Statistics of batch norms from the first images of each task, without augmentation.
+
+        Args:
+            count: batches of each task.
+        """
         size = self.config.batch_size
 
         def images(task: TaskData) -> list[Tensor]:
-            pieces = task.train_images[: size * self.config.calibrate].split(size)
+            pieces = task.train_images[: size * count].split(size)
             return [
                 normalise(piece, task.mean, task.std).to(self.device, self.dtype)
                 for piece in pieces

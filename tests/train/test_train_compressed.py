@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,19 @@ def test_without_a_reload_epoch_it_gets_smaller_at_the_end(tmp_path):
     sizes = [record["compression"]["parameters"] for record in result.records]
     assert sizes[0] == result.compressed["parameters"][0] > sizes[1]
     assert result.model.config["family"] == "compressed"
+
+
+@pytest.mark.parametrize("name", ["group", "rank"])
+def test_right_after_the_penalties_the_network_is_good(tmp_path, name):
+    """Batch norm's running statistics are those of the weights as the penalties left them."""
+    model = {"family": "backbone", "backbone": "resnet8", "widths": [16, 16, 16]}
+    changes = {"epochs": 4, "limit_train": 480, "lr": 0.1, "eval_every": 4, "save_every": 4}
+    settings = config(
+        tmp_path, model=model, compress={name: "auto"}, target_params=0.7, reload_epoch=None
+    )
+    result = Trainer(replace(settings, **changes)).fit()
+    assert result.compressed["parameters"][1] <= 0.7 * result.compressed["parameters"][0]
+    assert result.accuracy["digits", 1] > 0.5
 
 
 @pytest.mark.parametrize(
