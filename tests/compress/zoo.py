@@ -156,9 +156,7 @@ TORCHVISION = {
 }
 TIMM = {
     "repvgg": (lambda: timm("repvgg_a0"), 32),
-    "ghostnet": (lambda: timm("ghostnet_050"), 32),
     "vovnet": (lambda: timm("ese_vovnet19b_slim_dw"), 32),
-    "dla": (lambda: timm("dla46_c"), 32),
     "resnetv2": (
         lambda: timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(32, 64, 96, 128)),
         32,
