@@ -246,7 +246,7 @@ def _grad_input_gemm(
     N, _, H, W = grad_x.shape
     stride_h, stride_w, _, _, dil_h, dil_w = layer.window
     class_h, class_w = blocks(H, stride_h), blocks(W, stride_w)
-    pixels, classes = N * class_h * class_w, stride_h * stride_w
+    pixels, classes = N * class_h * class_w, min(stride_h, H) * min(stride_w, W)
     tile = tile or _gemm_tile(grad_y, precision, layer, pixels, layer.C, layer.groups * classes)
     tile = fit_depth(tile, layer.K)
     common_h, common_w = gcd(stride_h, dil_h), gcd(stride_w, dil_w)

@@ -172,7 +172,8 @@ def nested_conv2d_grad_input_kernel(
     """grad_x[n,c,h,w] = sum_{k,r,s} grad_y[n,k,p,q] weight[o(k),i(c),r,s]
 
     over the taps for which p = (h + pad_top - r * dil_h) / stride_h, and q likewise, are whole.
-    The pixels of x fall into stride_h * stride_w classes, by their rest on division by the stride.
+    The pixels of x fall into stride_h * stride_w classes, by their rest on division by the stride,
+    or as many as there are pixels where the stride is larger.
     All pixels of a class meet the same taps: every step_h-th from the first, one output row
     jump_h earlier each time. A program owns ROWS pixels of one class by COLS channels of one group;
     pixels that no tap reaches get zero.
@@ -182,9 +183,10 @@ def nested_conv2d_grad_input_kernel(
     row_blocks = tl.cdiv(pixels, ROWS)
     block = program % (row_blocks * col_blocks)
     outer = program // (row_blocks * col_blocks)
-    classes = stride_h * stride_w
+    classes_w = tl.minimum(stride_w, W)
+    classes = tl.minimum(stride_h, H) * classes_w
     group = (outer // classes).to(tl.int64)
-    rest_h, rest_w = (outer % classes) // stride_w, (outer % classes) % stride_w
+    rest_h, rest_w = (outer % classes) // classes_w, (outer % classes) % classes_w
     row_block = block // col_blocks
     if WIDE:
         row_block = row_block.to(tl.int64)

@@ -84,6 +84,8 @@ CASES = [
     Case("dilation, uneven padding", 6, 7, (2, 6), (1, 6), padding=(3, 0, 1, 4), dilation=(2, 3)),
     # The common divisor of stride and dilation leaves pixels that no tap reaches.
     Case("stride 4, dilation 2", 4, 5, (0, 3), (1, 4), (11, 10), stride=(4, 2), dilation=(2, 2)),
+    # More classes of pixels than there are pixels; their number would not fit into 32 bits.
+    Case("stride above the image", 4, 4, (1, 3), (0, 4), (3, 2), stride=(60000, 50000)),
     Case(
         "5x2 kernel on one row", 4, 4, (0, 4), (2, 4), (1, 9), kernel=(5, 2), padding=(2, 2, 0, 1)
     ),
