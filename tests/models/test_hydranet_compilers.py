@@ -69,7 +69,7 @@ def assert_same_step(model, compiled, twin, x, labels, forced=False):
     results = []
     for run, owner in ((compiled, model), (Step(twin), twin)):
         optimizer = torch.optim.SGD(owner.parameters(), lr=0.1)
-            loss, index = run(x, labels, forced)
+        loss, index = run(x, labels, forced)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
