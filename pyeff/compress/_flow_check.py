@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyeff.compress._ties import is_depthwise, makes_channels, quiet_eval
+from pyeff.compress._dependency_graph import makes_channels, quiet_eval
+from pyeff.compress._ties import is_depthwise
 from pyeff.compress.channel_group import CONSUMER, PRODUCER, ChannelGroup
 
 _ROUNDS = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyeff.compress._ties import quiet_eval
+from pyeff.compress._dependency_graph import quiet_eval
 from pyeff.compress.channel_group import CONSUMER, ChannelGroup, Member
 from pyeff.compress.cut_layers import channel_axis
 

@@ -32,9 +32,7 @@ class BranchPlan:
         vector: The input is a vector ``[in_channels]`` and no map.
 
     Attributes:
-        branches: As given.
-        in_channels: As given.
-        vector: As given.
+        branches, in_channels, vector: As given.
         steps: The steps so far, see :class:`pyeff.ops._branch_steps.Step`.
         output: The slot that the call returns: the newest, unless ``returns`` was called.
 
@@ -187,10 +185,8 @@ class BranchPlan:
     def adaptive_pool2d(self, source: int, size: int | Pair = 1, *, average: bool = True) -> int:
         """Average or maximum over ``size`` bins; size 1 pools the whole map to ``[C, 1, 1]``."""
         channels = self._map(source, "adaptive_pool2d")
-        options = {
-            "average": int(average),
-            "size": pair("BranchPlan.adaptive_pool2d", "size", size, 1),
-        }
+        sides = pair("BranchPlan.adaptive_pool2d", "size", size, 1)
+        options = {"average": int(average), "size": sides}
         return self._append("adaptive_pool2d", (source,), (), options, channels)
 
     def flatten(self, source: int) -> int:
