@@ -11,7 +11,7 @@ two are told apart: the frames are of one street and few classes.
 - removed: the smallest channels of all layers zeroed by hand, so that the given share of the
   parameters is left, and removed;
 - max_error, energy: layers factored by the one rule or the other, where that saves multiply-adds;
-- removed, energy: both.
+- removed, energy: both, with the first share and the middle energy.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def variants(model: nn.Module, arguments: argparse.Namespace) -> Variants:
     for value in arguments.energies:
         made[f"energy {value:g}"] = factored(model, example, RankRule(energy=value))
     if arguments.shares and arguments.energies:
-        share, energy = arguments.shares[0], arguments.energies[0]
+        share, energy = arguments.shares[0], arguments.energies[len(arguments.energies) // 2]
         first, about = made[f"removed to {share:g}"]
         both, then = factored(first, example, RankRule(energy=energy))
         made[f"removed to {share:g}, energy {energy:g}"] = both, {**about, **then}
@@ -194,9 +194,9 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="holds CamVid; without it fewer photographs")
     parser.add_argument("--frames", type=int, default=100, help="of CamVid")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.98, 0.95, 0.9, 0.8])
-    parser.add_argument("--max-errors", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3])
-    parser.add_argument("--energies", type=float, nargs="*", default=[0.98, 0.95, 0.9, 0.8])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.99, 0.98, 0.95, 0.9])
+    parser.add_argument("--max-errors", type=float, nargs="*", default=[0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--energies", type=float, nargs="*", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--time", action="store_true", help="measure inference too")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["eager", "scripted"])

@@ -9,7 +9,8 @@ that shall be left:
 - reload: as both, but the network is made smaller after a given epoch and trained on;
 - posthoc: dense, its smallest channels and singular values taken away after training until it has
   the size of both; batch norm statistics are computed anew, nothing is trained;
-- tuned: posthoc, then trained for the epochs that a reload arm has left, at its learning rates;
+- tuned: posthoc, then trained for the epochs that a reload arm has left, at its learning rates
+  (the minutes are of these epochs alone);
 - small: layers as both left them, with fresh weights, trained from the start.
 """
 
@@ -31,7 +32,7 @@ from pyeff.train import TaskData, TrainConfig, evaluate, load_config_tasks
 from pyeff.train.batches import normalise
 from pyeff.train.calibrate import calibrate
 from pyeff.train.processes import joined
-from pyeff.train.report import level_results, train_and_report, write_report
+from pyeff.train.report import level_results, print_results, train_and_report, write_report
 from pyeff.train.session import Session, TrainResult
 from pyeff.train.trainer import Trainer
 
@@ -208,6 +209,7 @@ def _shrink_afterwards(plan: Plan, arm: Arm, seed: int) -> None:
     shapes = {task.name: task.image_shape}
     lines = level_results(made.model, shapes, accuracy)
     write_report(plan.folder(arm, seed), config, [task], result, lines)
+    print_results(lines)
 
 
 def recalibrate(model: nn.Module, task: TaskData, size: int) -> None:
@@ -244,3 +246,4 @@ def _train_network(plan: Plan, arm: Arm, seed: int) -> None:
     shapes = {task.name: task.image_shape for task in trainer.tasks}
     lines = level_results(result.model, shapes, result.accuracy)
     write_report(trainer.out, trainer.config, trainer.tasks, result, lines)
+    print_results(lines)
