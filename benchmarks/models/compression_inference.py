@@ -6,6 +6,7 @@ folded and weights packed (``scripted``), and compiled by inductor with frozen w
 (``compiled``).
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ TOLERANCE = 1e-3
 
 def scripted(model: nn.Module, x: Tensor) -> Run:
     """Traced, frozen, and its weights packed."""
-    traced = torch.jit.trace(model, x, check_trace=False)
+    with warnings.catch_warnings():
+        # Checks of shapes become constants, which is right for one shape.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, x, check_trace=False)
     run: Run = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
     for _ in range(3):
         run(x)
