@@ -49,6 +49,7 @@ HYDRANET: dict[str, Any] = {
     "d": 1,
     **FORM,
 }
+GATE_SETTINGS = ("branch_mean", "gate_loss_weight", "teacher_forcing_epochs")
 RECIPE: dict[str, Any] = {
     "epochs": 10,
     "precision": "bf16",
@@ -278,6 +279,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--precision", default=RECIPE["precision"])
     parser.add_argument("--branch-mean", default="routed", choices=("batch", "routed"))
     parser.add_argument("--gate-loss-weight", type=float, default=1.0)
+    parser.add_argument("--teacher-forcing-epochs", type=int, default=0)
     for name in ("n-b", "k", "d"):
         parser.add_argument(f"--{name}", type=int, default=HYDRANET[name.replace("-", "_")])
     for name in ("w-s", "w-b", "w-g"):
@@ -300,7 +302,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         recipe={**RECIPE, **recipe},
         seeds=tuple(arguments.seeds),
         ablation_seeds=tuple(arguments.ablation_seeds),
-        hydra_recipe={k: named(k) for k in ("branch_mean", "gate_loss_weight")},
+        hydra_recipe={k: named(k) for k in GATE_SETTINGS},
         widths=tuple(arguments.widths),
     )
 
