@@ -208,7 +208,11 @@ def test_a_compressed_model_of_pyeff_is_saved_and_loaded(tmp_path):
     assert made.parameters[1] < made.parameters[0]
     pyeff.save(made.model, tmp_path / "small.safetensors")
     loaded = pyeff.load(tmp_path / "small.safetensors")
-    torch.testing.assert_close(loaded(x), made.model(x), rtol=0, atol=0)
+    # Weights have lost their memory format, for which oneDNN may add in another order.
+    torch.testing.assert_close(loaded(x), made.model(x))
+    saved, kept = made.model.state_dict(), loaded.state_dict()
+    assert list(saved) == list(kept)
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
     exported = torch.export.export(loaded, (x,)).module()
     torch.testing.assert_close(exported(x), made.model(x), rtol=1e-4, atol=1e-5)
 
