@@ -62,10 +62,12 @@ def _forward(
     name = choose(OP, y, direction="train" if recording else "forward")
     if name == "cpp":
         out = y.new_empty(y.shape[0], projection.shape[1])
+        # Packed copies are of something.
+        direct = recording or projection.numel() == 0
         _C.combine_forward(
             _features_innermost(y),
             projection.contiguous(),
-            None if recording else packed_weight(projection, 1),
+            None if direct else packed_weight(projection, 1),
             None if bias is None else bias.contiguous(),
             index,
             weight.contiguous(),

@@ -1,9 +1,9 @@
 """branch_conv2d composed of ATen's operators: gathered weights and one grouped convolution."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyeff.ops._aten_backward import convolution_backward
 from pyeff.ops._branch_maps import Conv, empty_maps
 from pyeff.ops._conv_args import Pair
 
@@ -92,17 +92,8 @@ def _convolution_backward(
     rows, groups = _as_groups(x, index, conv)
     kernels = weight[index.reshape(-1).long()].flatten(0, 1)
     padding = _pad(x[:0], conv)[1]
-    grad_rows, grad_kernels, _ = torch.ops.aten.convolution_backward(
-        grad_y.reshape(1, -1, *grad_y.shape[-2:]),
-        rows,
-        kernels,
-        None,
-        conv.stride,
-        padding,
-        conv.dilation,
-        False,
-        (0, 0),
-        groups,
-        (*wanted, False),
+    window = conv.stride, padding, conv.dilation
+    grad_rows, grad_kernels, _ = convolution_backward(
+        grad_y.reshape(1, -1, *grad_y.shape[-2:]), rows, kernels, window, groups, (*wanted, False)
     )
     return grad_rows, grad_kernels

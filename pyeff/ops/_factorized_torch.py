@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyeff.ops._aten_backward import convolution_backward
 from pyeff.ops._conv_args import as_channels_last, empty_channels_last
 from pyeff.ops._factorized_pair import BackwardCall, FactorPair, is_vertical_first
 
@@ -116,17 +117,7 @@ def convolve_backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias of one of the two convolutions."""
-    stride, padding, dilation = pair.window(vertical)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[3] < stride[1]:
-        # There oneDNN leaves a part of the weight's gradient unwritten (seen in torch 2.13).
-        wide = grad.float(), x.float(), weight.float()
-        found = convolve_backward(*wide, vertical, pair, wanted)
-        first, second, third = (t.to(x.dtype) if t is not None else t for t in found)
-        return first, second, third
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), 1, wanted
-    )
-    return grads
+    return convolution_backward(grad, x, weight, pair.window(vertical), 1, wanted)
 
 
 def _channels_last(y: Tensor) -> Tensor:

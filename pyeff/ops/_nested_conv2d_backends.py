@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff import _C
+from pyeff.ops._aten_backward import convolution_backward
 from pyeff.ops._conv_args import (
     Pair,
     Sides,
@@ -227,18 +228,9 @@ def _torch_gradients(
         x = F.pad(x, (left, right, top, bottom))
     part = _part(weight, conv)
     groups = 1 if conv.groups == 1 else x.shape[1] // weight.shape[1]
-    grad_x, grad_part, _ = torch.ops.aten.convolution_backward(
-        as_channels_last(grad_y),
-        x,
-        part,
-        None,
-        conv.stride,
-        padding,
-        conv.dilation,
-        False,
-        (0, 0),
-        groups,
-        (*wanted, False),
+    window = conv.stride, padding, conv.dilation
+    grad_x, grad_part, _ = convolution_backward(
+        as_channels_last(grad_y), x, part, window, groups, (*wanted, False)
     )
     if wanted[0]:
         height, width = x.shape[2:]
