@@ -7,7 +7,8 @@ from train.tiny import MODEL, tiny_config
 from pyeff.train import Trainer
 
 out, rule = sys.argv[1:]
-levels = 4 if rule == "sandwich" else 2
+level_rule, task_rule = rule.split()
+levels = 4 if level_rule == "sandwich" else 2
 Trainer(
     tiny_config(
         out,
@@ -15,9 +16,9 @@ Trainer(
         precision="fp64",
         epochs=1,
         limit_test=63,  # an odd number: the two processes have unequal shares
-        level_rule="sandwich" if rule == "sandwich" else "sum",
+        level_rule=level_rule,
         sandwich_levels=3,
-        task_rule="alternate" if rule == "alternate" else "joint",
+        task_rule=task_rule,
         lr=0.05,
     )
 ).fit()

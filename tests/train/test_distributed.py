@@ -1,32 +1,14 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from train.together import run
 
-import pyeff
-from pyeff.checkpoint import read_archive
-
-HERE = Path(__file__).parent
+SCRIPT = "distributed_run.py"
 
 
-def run(out, rule, processes):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(HERE.parent), str(Path(pyeff.__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, *launcher, *count, str(HERE / "distributed_run.py"), str(out), rule]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_archive(out / "checkpoint.safetensors")
-
-
-@pytest.mark.parametrize("rule", ["sum", "alternate", "sandwich"])
+@pytest.mark.parametrize("rule", ["sum joint", "sandwich alternate"])
 def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path, rule):
-    alone, meta = run(tmp_path / "one", rule, 1)
-    together, joint_meta = run(tmp_path / "two", rule, 2)
+    alone, meta = run(SCRIPT, tmp_path / "one", rule, processes=1)
+    together, joint_meta = run(SCRIPT, tmp_path / "two", rule, processes=2)
     for name, tensor in alone.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(

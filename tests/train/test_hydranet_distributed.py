@@ -1,38 +1,14 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from train.together import run
 
-import pyeff
-from pyeff.checkpoint import read_archive
-
-HERE = Path(__file__).parent
-
-
-def run(out, processes):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(HERE.parent), str(Path(pyeff.__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    script = str(HERE / "hydranet_distributed_run.py")
-    done = subprocess.run(
-        [sys.executable, *launcher, *count, script, str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_archive(out / "checkpoint.safetensors")
+SCRIPT = "hydranet_distributed_run.py"
 
 
 def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path):
     """Reference classifier, partition, statistics of each branch's batch norm, gate's counts."""
-    alone, meta = run(tmp_path / "one", 1)
-    together, joint_meta = run(tmp_path / "two", 2)
+    alone, meta = run(SCRIPT, tmp_path / "one", processes=1)
+    together, joint_meta = run(SCRIPT, tmp_path / "two", processes=2)
     assert joint_meta["model"]["class_groups"] == meta["model"]["class_groups"]
     for name, tensor in alone.items():
         if tensor.is_floating_point():

@@ -1,38 +1,14 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from train.together import run
 
-import pyeff
-from pyeff.checkpoint import read_archive
-
-HERE = Path(__file__).parent
-
-
-def run(out, processes):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(HERE.parent), str(Path(pyeff.__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    script = str(HERE / "segmentation_distributed_run.py")
-    done = subprocess.run(
-        [sys.executable, *launcher, *count, script, str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_archive(out / "checkpoint.safetensors")
+SCRIPT = "segmentation_distributed_run.py"
 
 
 def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path):
     """Both stages: the loss's denominator, batch statistics, the shares of an odd test set."""
-    alone, meta = run(tmp_path / "one", 1)
-    together, joint_meta = run(tmp_path / "two", 2)
+    alone, meta = run(SCRIPT, tmp_path / "one", processes=1)
+    together, joint_meta = run(SCRIPT, tmp_path / "two", processes=2)
     for name, tensor in alone.items():
         torch.testing.assert_close(
             together[name], tensor, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"

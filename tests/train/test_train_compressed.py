@@ -1,14 +1,11 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from train.tiny import tiny_config
+from train.together import run
 
 import pyeff
 from pyeff.checkpoint import read_archive
@@ -19,7 +16,7 @@ from pyeff.train.evaluate import evaluate
 from pyeff.train.report import train_and_report
 from pyeff.train.session import Session
 
-HERE = Path(__file__).parent
+SCRIPT = "compress_distributed_run.py"
 MODEL = {"family": "dec3", "width": 16}
 
 
@@ -159,21 +156,9 @@ def test_files_of_a_run(tmp_path):
     torch.testing.assert_close(loaded(x), result.model(x))
 
 
-def run(out, processes):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    count = [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(HERE.parent), str(Path(pyeff.__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    script = str(HERE / "compress_distributed_run.py")
-    command = [sys.executable, *launcher, *count, script, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_archive(out / "checkpoint.safetensors")
-
-
 def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path):
-    alone, meta = run(tmp_path / "one", 1)
-    together, joint_meta = run(tmp_path / "two", 2)
+    alone, meta = run(SCRIPT, tmp_path / "one", processes=1)
+    together, joint_meta = run(SCRIPT, tmp_path / "two", processes=2)
     assert joint_meta["model"] == meta["model"]
     assert meta["model"]["family"] == "compressed"
     assert set(together) == set(alone)
