@@ -18,7 +18,9 @@ def test_extension_links_no_torch():
     file = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
-    linked = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
+    # Names alone: an address may well hold "c10".
+    linked = " ".join(line.split()[0] for line in lines.splitlines() if line.split())
     assert "libc.so" in linked
     for name in ("torch", "c10", "cudart", "cublas"):
         assert name not in linked
