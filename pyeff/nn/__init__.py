@@ -6,8 +6,11 @@ from pyeff.nn.branch_conv2d import BranchConv2d
 from pyeff.nn.branch_linear import BranchLinear
 from pyeff.nn.branches import Branches
 from pyeff.nn.combiner import Combiner
+from pyeff.nn.contraction import Kernel, compose, compose_all, compose_linear
 from pyeff.nn.conv_norm2d import ConvNorm2d
 from pyeff.nn.downsampler import Downsampler
+from pyeff.nn.expanded_conv2d import ExpandedConv2d
+from pyeff.nn.expanded_linear import ExpandedLinear
 from pyeff.nn.factorized_conv2d import FactorizedConv2d
 from pyeff.nn.nested_batch_norm2d import NestedBatchNorm2d
 from pyeff.nn.nested_conv2d import NestedConv2d
@@ -28,8 +31,11 @@ __all__ = [
     "Combiner",
     "ConvNorm2d",
     "Downsampler",
+    "ExpandedConv2d",
+    "ExpandedLinear",
     "FactorizedConv2d",
     "GateOutput",
+    "Kernel",
     "LevelMask",
     "NestedBatchNorm2d",
     "NestedConv2d",
@@ -41,6 +47,9 @@ __all__ = [
     "SynchronisedBatchNorm2d",
     "TopKGate",
     "Upsampler",
+    "compose",
+    "compose_all",
+    "compose_linear",
     "is_distributed",
     "synchronise_batch_norm",
     "synchronised_batch_norm",
