@@ -17,12 +17,14 @@ from pyeff.nn.nested_conv2d import NestedConv2d
 from pyeff.nn.nested_linear import NestedLinear
 from pyeff.nn.nested_masked import LevelMask, NestedMaskedConv2d, NestedMaskedLinear
 from pyeff.nn.non_bottleneck_1d import NonBottleneck1d
+from pyeff.nn.reparam import ACBlock, DiverseBranchBlock, Reparam, RepVGGBlock
 from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
 from pyeff.nn.top_k_gate import GateOutput, TopKGate
 from pyeff.nn.units import ChannelUnits, Range
 from pyeff.nn.upsampler import Upsampler
 
 __all__ = [
+    "ACBlock",
     "BranchBatchNorm2d",
     "BranchConv2d",
     "BranchLinear",
@@ -30,6 +32,7 @@ __all__ = [
     "ChannelUnits",
     "Combiner",
     "ConvNorm2d",
+    "DiverseBranchBlock",
     "Downsampler",
     "ExpandedConv2d",
     "ExpandedLinear",
@@ -44,6 +47,8 @@ __all__ = [
     "NestedMaskedLinear",
     "NonBottleneck1d",
     "Range",
+    "RepVGGBlock",
+    "Reparam",
     "SynchronisedBatchNorm2d",
     "TopKGate",
     "Upsampler",

@@ -45,19 +45,25 @@ def norm_tensors(norm: nn.BatchNorm2d | None) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def norm_affine(
+    norm: nn.BatchNorm2d, precision: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """The scale and the shift that the norm applies in eval mode.
 
     Args:
         norm: one with running statistics.
+        precision: to compute in at least; halves would lose what the sums keep.
 
     Returns:
-        Two tensors ``[C]``, in float32 at least: halves would lose what the sums keep.
+        Two tensors ``[C]``, in the precision or that of the statistics.
+
+    Raises:
+        ValueError: a norm without running statistics.
     """
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         raise ValueError("norm_affine: norm must have running statistics, got one without")
-    dtype = torch.promote_types(mean.dtype, torch.float32)
+    dtype = torch.promote_types(mean.dtype, precision)
     scale = torch.rsqrt(variance.to(dtype) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.to(dtype)
