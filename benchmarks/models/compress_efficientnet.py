@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compression_by_hand import zero_smallest
 from compression_inference import FORMS, markdown_times, time_networks
 from efficientnet_lite import SIDE, frames, photographs, pretrained, views
 from timing import machine, markdown_table
@@ -41,6 +40,7 @@ from pyeff.compress import (
     load,
     save,
     shrink_with_report,
+    zero_smallest,
 )
 from pyeff.measure import measure_cost
 
@@ -75,7 +75,7 @@ def variants(model: nn.Module, arguments: argparse.Namespace) -> Variants:
 def removed(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, dict[str, Any]]:
     """Without its smallest channels."""
     zeroed = copy.deepcopy(model)
-    groups = zero_smallest(zeroed, example, share, include_norm=True)
+    groups = zero_smallest(zeroed, example, target_params=share, include_norm=True)
     small, report = shrink_with_report(zeroed, example)
     about = {
         "channels": [sum(n for n, _ in groups.values()), sum(n for _, n in groups.values())],

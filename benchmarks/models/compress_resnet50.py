@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compression_by_hand import compressed_to, settle_norms, truncate, zero_smallest
+from compression_by_hand import compressed_to, settle_norms, truncate
 from compression_inference import FORMS, markdown_times, time_networks
 from timing import machine, markdown_table
 
 import pyeff
 from pyeff.checkpoint import write_bytes_atomically
-from pyeff.compress import shrink
+from pyeff.compress import shrink, zero_smallest
 from pyeff.measure import measure_cost
 from pyeff.models import resnet50_decomposed
 
@@ -76,7 +76,7 @@ def made_smaller(model: nn.Module, x: Tensor, share: float) -> dict[str, Any]:
         ``networks`` by name, and the ``document`` of what was done.
     """
     example = x[:1]
-    groups = zero_smallest(model, example, share**0.5, include_norm=True)
+    groups = zero_smallest(model, example, target_params=share**0.5, include_norm=True)
     removed = shrink(model, example)
     made = compressed_to(model, example, share)
     if made.factors is None or made.removal is None:

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression_by_hand import compressed_to, zero_smallest
+from compression_by_hand import compressed_to
 from torch import Tensor, nn
 
 import pyeff
 from pyeff import models
 from pyeff.checkpoint import FILE_NAME, model_config
+from pyeff.compress import zero_smallest
 from pyeff.train import TaskData, TrainConfig, evaluate, load_config_tasks
 from pyeff.train.batches import normalise
 from pyeff.train.calibrate import calibrate
@@ -199,7 +200,7 @@ def _shrink_afterwards(plan: Plan, arm: Arm, seed: int) -> None:
     share = wanted[1] / wanted[0]
     example = _images(task, 0, 1)
     # The penalties share the way to the size as they do in training.
-    zero_smallest(model, example, share**0.5)
+    zero_smallest(model, example, target_params=share**0.5)
     recalibrate(model, task, config.batch_size)
     made = compressed_to(model, example, share)
     recalibrate(made.model, task, config.batch_size)

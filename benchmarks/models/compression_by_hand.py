@@ -1,11 +1,9 @@
 """Trained networks made smaller by hand, by the size of their weights alone.
 
 What compression while training is compared with, and what shows removal and factorisation on
-networks that are not trained here. Which channels go is decided as the penalty would decide: by
-their length over the mean length in their layer, with the same floors and ties.
+networks that are not trained here. :func:`pyeff.compress.zero_smallest` comes before it: which
+channels go is decided as the penalty would decide.
 """
-
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +15,6 @@ from pyeff.compress import (
     GroupSparsity,
     LowRank,
 )
-
-
-def zero_smallest(
-    model: nn.Module, example: Tensor, share: float, *, include_norm: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Sets the smallest channels of all layers to zero, in place; the others keep their weights.
-
-    Args:
-        model: any network that :func:`pyeff.compress.channel_groups` can trace.
-        example: its input.
-        share: of the parameters that removal shall leave, in (0, 1].
-        include_norm: whether scales and shifts of norms are zeroed too, so that the channel's
-            constant is 0.
-
-    Returns:
-        For each group its channels, and how many of them are not zero now.
-
-    Raises:
-        ValueError: a share that floors and layers without removable channels do not allow.
-    """
-    # One application of the penalty to a copy, as strong as the size asks for.
-    trial = copy.deepcopy(model)
-    sparsity = GroupSparsity(
-        trial, example, target_params=share, schedule=[1.0], include_norm=include_norm
-    )
-    sparsity.attach(torch.optim.SGD(trial.parameters(), lr=1.0))
-    sparsity.end_epoch(lr=1.0)
-    left = {}
-    for group in sparsity.groups:
-        dead = group.dead(trial)
-        group.clear(model, dead)
-        left[group.name] = (group.channels, group.channels - int(dead.sum()))
-    return left
 
 
 def compressed_to(model: nn.Module, example: Tensor, share: float) -> Compressed:

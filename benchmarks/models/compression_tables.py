@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compression_arms import Arm, Plan
+from compression_arms import Arm, Plan, made_of
 from timing import markdown_table
 
 from pyeff.train.compression_plots import (
@@ -42,14 +42,23 @@ def collect(plan: Plan) -> dict[str, Any]:
             "accuracy_percent": [100 * line["accuracy"] for line in lines],
             "class_mean_percent": [100 * line["class_mean"] for line in lines],
             "seconds": [run["seconds"] for run in runs],
-            "compression": [_compression(folder) for folder in folders],
+            "compression": [_compression(plan, arm, seed) for seed in seeds],
         }
     return found
 
 
-def _compression(folder: Path) -> dict[str, Any] | None:
-    path = folder / "compression.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _compression(plan: Plan, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """What compression left; a run that starts from another's small network has that one's."""
+    path = plan.folder(arm, seed) / "compression.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    if arm.kind not in ("tuned", "small"):
+        return None
+    (source,) = made_of(plan, arm, seed)
+    found = json.loads((source / "compression.json").read_text())
+    # How it came there is the other run's.
+    return {**found, "live": {}, "ranks": {}}
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -112,7 +121,7 @@ def draw_layers(arms: dict[str, Any], arm: Arm, stem: Path) -> list[Path]:
         The pictures that were written: those for which the run has figures.
     """
     run = arms[arm.name]["compression"][0]
-    written = []
+    written: list[Path] = []
     if run is None:
         return written
     if run["channels"]:

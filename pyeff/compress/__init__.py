@@ -19,6 +19,7 @@ from pyeff.compress.rank_rules import RankRule
 from pyeff.compress.saved import load, save
 from pyeff.compress.shrink import shrink, shrink_with_report
 from pyeff.compress.shrink_report import ShrinkReport
+from pyeff.compress.zero_smallest import zero_smallest
 
 __all__ = [
     "ChannelGroup",
@@ -47,4 +48,5 @@ __all__ = [
     "shrink_singular_values",
     "shrink_with_report",
     "soft_threshold",
+    "zero_smallest",
 ]

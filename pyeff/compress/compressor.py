@@ -1,5 +1,6 @@
 """Training, removal and factorisation put together: ``Compressor``."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ _OP = "Compressor"
 ENERGY = 0.9
 # A layer that keeps less of its singular values is another layer.
 _LEAST_ENERGY, _STEPS = 0.05, 24
+# Factorisations that are tried where their size was guessed too small.
+_TRIES = 6
 _SHRINK_OPTIONS = ("constants", "round_to", "threshold")
 _FACTORIZE_OPTIONS = ("form", "only_if", "layers")
 
@@ -126,8 +129,9 @@ class Compressor:
         group: finds the neurons that are not needed; ``None`` looks for none.
         rank: draws weights to low rank; ``None`` does not.
         energy: share of the sum of its singular values that a factored layer keeps, in (0, 1].
-            ``None``: the largest one with which ``target_params`` is met; without a target 0.9 if
-            there is a ``rank``, and nothing is factored otherwise.
+            ``None``: the largest one with which ``target_params`` is met, for a form other than
+            ``"channel"`` or a condition other than ``"macs"`` one near it; without a target 0.9
+            if there is a ``rank``, and nothing is factored otherwise.
         target_params: share of the parameters that may be left, in (0, 1).
         options: ``constants``, ``round_to``, ``threshold`` of :func:`pyeff.compress.shrink`, and
             ``form``, ``only_if``, ``layers`` of :func:`pyeff.compress.factorize`. The form is
@@ -263,6 +267,9 @@ class Compressor:
 
         Raises:
             ValueError: as :func:`pyeff.compress.shrink` and :func:`pyeff.compress.factorize`.
+
+        Warns:
+            UserWarning: more is left than ``target_params`` allows.
         """
         small = self.model if model is None else model
         removal, factors = None, None
@@ -270,29 +277,61 @@ class Compressor:
             chosen = {k: v for k, v in self.options.items() if k in _SHRINK_OPTIONS}
             small, removal = shrink_with_report(small, self.example, **chosen)
         energy = self.energy
-        if energy is None and self.rank is not None:
-            energy = ENERGY if self.target_params is None else self._energy_for_target(small)
-        if energy is not None:
-            small, factors = self._factorized(small, energy)
+        if energy is not None or self.rank is not None:
+            if energy is None and self.target_params is not None:
+                small, factors, energy = self._factorized_to_target(small)
+            else:
+                energy = ENERGY if energy is None else energy
+                small, factors = self._factorized(small, energy)
+        self._warn_if_missed(_count(small))
         return Compressed(small, (self.parameters, _count(small)), removal, factors, energy)
+
+    @property
+    def _most(self) -> int:
+        """Parameters that may be left."""
+        return int((self.target_params or 1.0) * self.parameters)
+
+    def _warn_if_missed(self, left: int) -> None:
+        if self.target_params is not None and left > self._most:
+            warnings.warn(
+                f"{_OP}: target_params {self.target_params:g} allows {self._most:,} parameters, "
+                f"got {left:,}: neither dead channels nor ranks give more",
+                stacklevel=3,
+            )
 
     def _factorized(self, model: nn.Module, energy: float) -> tuple[nn.Module, FactorizeReport]:
         chosen = {k: v for k, v in self.options.items() if k in _FACTORIZE_OPTIONS}
         return factorize_with_report(model, RankRule(energy=energy), example=self.example, **chosen)
 
-    def _energy_for_target(self, model: nn.Module) -> float:
-        """The largest energy with which the target is met, or the least that is tried."""
+    def _factorized_to_target(self, model: nn.Module) -> tuple[nn.Module, FactorizeReport, float]:
+        """Factored with the largest energy with which the target is met, or the least."""
+        energy = self._guessed_energy(model)
+        made, report = self._factorized(model, energy)
+        if _count(made) <= self._most or energy == _LEAST_ENERGY:
+            return made, report, energy
+        # The guess takes the forms of full rank, and every pair of fewer weights for taken.
+        low, high, best = _LEAST_ENERGY, energy, _LEAST_ENERGY
+        for _ in range(_TRIES):
+            middle = (low + high) / 2
+            if _count(self._factorized(model, middle)[0]) <= self._most:
+                low = best = middle
+            else:
+                high = middle
+        return *self._factorized(model, best), best
+
+    def _guessed_energy(self, model: nn.Module) -> float:
+        """The largest energy with which the target is met by the spectra alone, or the least."""
         _, report = self._factorized(model, 1.0)
-        most = int((self.target_params or 1.0) * self.parameters)
         now = _count(model)
-        if _left(report, 1.0, now) <= most:
+        if _left(report, 1.0, now) <= self._most:
             return 1.0
         low, high = _LEAST_ENERGY, 1.0
-        if _left(report, low, now) > most:
+        if _left(report, low, now) > self._most:
             return low
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if _left(report, middle, now) <= most else (low, middle)
+            fits = _left(report, middle, now) <= self._most
+            low, high = (middle, high) if fits else (low, middle)
         return low
 
 

@@ -132,7 +132,7 @@ class GroupSparsity(Proximal):
         self.mask = target_params is not None if mask is None else mask
         self.target_params, self._rule = target_params, TargetRule()
         self._floors = {
-            group: min(group.channels, _floor(group.channels) if floor is None else floor)
+            group: min(group.channels, default_floor(group.channels) if floor is None else floor)
             for group in self.groups
         }
         self._factor = {group: factors[group] for group in self.groups}
@@ -306,7 +306,8 @@ class GroupSparsity(Proximal):
             self._masked[group] = masked
 
 
-def _floor(channels: int) -> int:
+def default_floor(channels: int) -> int:
+    """Neurons that a group of so many keeps where nothing else is asked for."""
     return max(8, math.ceil(0.05 * channels))
 
 

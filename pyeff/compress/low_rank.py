@@ -41,6 +41,8 @@ class LowRank(Proximal):
     values must vanish, T the sum of the learning rates to come, G what the data gave back since the
     last application. After the end the target is held.
 
+    Every layer keeps its ``floor`` largest singular values: one that would vanish stays as it is.
+
     With Adam a layer's step is divided by the mean of its metric (``sqrt(v) + eps``): singular
     values have no metric for every parameter.
 
@@ -48,6 +50,7 @@ class LowRank(Proximal):
         model: the network, not wrapped in DistributedDataParallel.
         strength: tau, not negative, or ``"auto"``.
         layers: factors of the penalty for layers by name, 1 for those not named.
+        floor: the rank that every layer keeps.
         every, steps_per_epoch: as in :class:`GroupSparsity`. An application costs a singular value
             decomposition of every layer.
         route: how it is computed, as in :func:`~pyeff.compress.shrink_singular_values`.
@@ -59,7 +62,8 @@ class LowRank(Proximal):
             layers whose matrix has two rows and columns at least.
 
     Raises:
-        TypeError, ValueError: numbers out of range, unknown layers, no layer at all.
+        TypeError, ValueError: numbers out of range, unknown layers, no layer at all, a target that
+            the floor does not allow.
 
     Source: Alvarez, Salzmann, "Compression-aware Training of Deep Networks", NIPS 2017.
 
@@ -76,6 +80,7 @@ class LowRank(Proximal):
         *,
         strength: float | str = "auto",
         layers: Mapping[str, float] | None = None,
+        floor: int = 1,
         every: str | int = "epoch",
         steps_per_epoch: int | None = None,
         route: str = "auto",
@@ -85,6 +90,8 @@ class LowRank(Proximal):
         super().__init__(model, every, steps_per_epoch, schedule)
         check_strength(_OP, strength)
         check_target(_OP, target_params, strength)
+        if not isinstance(floor, int) or floor < 1:
+            raise ValueError(f"{_OP}: floor must be a whole number of at least 1, got {floor}")
         if route not in ROUTES:
             allowed = ", ".join(map(repr, ROUTES))
             raise ValueError(f"{_OP}: route must be one of {allowed}, got {route!r}")
@@ -104,13 +111,26 @@ class LowRank(Proximal):
             )
         self._modules = {name: fit[name] for name in self.layers}
         self.strength, self.route, self.target_params = strength, route, target_params
+        self.floor = floor
         self._rule = TargetRule()
         self._count = ParameterCount(model)
+        self._check_reachable()
         self._initial = {
             name: float(self._values(name).median()) if strength == "auto" else 1.0
             for name in self.layers
         }
         self._ranks = {name: min(_matrix(self._weight(name)).shape) for name in self.layers}
+
+    def _check_reachable(self) -> None:
+        if self.target_params is None:
+            return
+        least = self._count.after(ranks=dict.fromkeys(self.layers, self.floor))
+        if least > self.target_params * self._count.total:
+            raise ValueError(
+                f"{_OP}: target_params must be at least {least / self._count.total:.4f}, which "
+                f"rank {self.floor} of every layer and what is not penalised keep, got "
+                f"{self.target_params}"
+            )
 
     def _weight(self, name: str) -> Tensor:
         """``[C_out, ...]``."""
@@ -147,7 +167,9 @@ class LowRank(Proximal):
             tau = step * self.strength_used * per_strength[name]
             if tau <= 0:
                 continue
-            shrunk, values = shrink_spectrum(_matrix(weight), tau, route=self.route)
+            shrunk, values = shrink_spectrum(
+                _matrix(weight), tau, route=self.route, floor=self.floor
+            )
             weight.copy_(shrunk.reshape(weight.shape))
             self._ranks[name] = int((values > 0).sum())
 
@@ -163,7 +185,7 @@ class LowRank(Proximal):
         }
 
         def count(level: float) -> int:
-            ranks = {name: int((found > level).sum()) for name, found in levels.items()}
+            ranks = {n: max(int((found > level).sum()), self.floor) for n, found in levels.items()}
             return self._count.after(ranks=ranks)
 
         most = int(self.target_params * self._count.total)

@@ -147,11 +147,14 @@ def shrink_singular_values(matrix: Tensor, tau: float, *, route: str = "auto") -
     return shrink_spectrum(matrix, tau, route=route)[0]
 
 
-def shrink_spectrum(matrix: Tensor, tau: float, *, route: str = "auto") -> tuple[Tensor, Tensor]:
+def shrink_spectrum(
+    matrix: Tensor, tau: float, *, route: str = "auto", floor: int = 0
+) -> tuple[Tensor, Tensor]:
     """:func:`shrink_singular_values`, and the singular values that are left.
 
     Args:
         matrix, tau, route: as there.
+        floor: so many of the largest singular values are kept as they are where they would vanish.
 
     Returns:
         ``[F, K]`` in M's dtype; ``[min(F, K)]``, falling, float32 at least.
@@ -168,13 +171,20 @@ def shrink_spectrum(matrix: Tensor, tau: float, *, route: str = "auto") -> tuple
     if route == "auto":
         route = "gram" if _gram_is_faster(matrix) else "svd"
     if route == "gram":
-        return _shrunk_by_gram(matrix, limit.double())
+        return _shrunk_by_gram(matrix, limit.double(), floor)
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
-    values = (values - limit.to(values.dtype)).clamp_min(0)
+    values = _lowered(values, limit.to(values.dtype), floor)
     kept = int((values > 0).sum())
     shrunk = (left[:, :kept] * values[:kept]) @ right[:kept]
     return shrunk.to(matrix.dtype), values
+
+
+def _lowered(values: Tensor, tau: Tensor, floor: int) -> Tensor:
+    """Falling singular values after the step; the first ``floor`` do not vanish by it."""
+    lowered = (values - tau).clamp_min(0)
+    lowered[:floor] = torch.where(lowered[:floor] > 0, lowered[:floor], values[:floor])
+    return lowered
 
 
 def singular_values(matrix: Tensor, *, route: str = "auto") -> Tensor:
@@ -196,17 +206,18 @@ def singular_values(matrix: Tensor, *, route: str = "auto") -> Tensor:
     return torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
 
 
-def _shrunk_by_gram(matrix: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def _shrunk_by_gram(matrix: Tensor, tau: Tensor, floor: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(_gram(matrix))
     values, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    kept = int((values > tau).sum())
-    scaled = vectors[:, :kept] * (1 - tau / values[:kept])
+    lowered = _lowered(values, tau, floor)
+    kept = int((lowered > 0).sum())
+    scaled = vectors[:, :kept] * (lowered[:kept] / values[:kept])
     wide = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
         shrunk = scaled @ (vectors[:, :kept].T @ wide)
     else:
         shrunk = (wide @ vectors[:, :kept]) @ scaled.T
-    return shrunk.to(matrix.dtype), (values - tau).clamp_min(0)
+    return shrunk.to(matrix.dtype), lowered
 
 
 def _gram(matrix: Tensor) -> Tensor:

@@ -209,8 +209,10 @@ def apply_description(base: nn.Module, layers: Mapping[str, Mapping[str, Any]]) 
         if not name:
             model = new
         else:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._modules[child] = new
+            # A layer that has several names is one layer.
+            for alias, module in list(model.named_modules(remove_duplicate=False)):
+                if module is old:
+                    replace_layer(model, alias, new)
     return model
 
 

@@ -172,9 +172,10 @@ class CompressSession(Session):
     def restore(self) -> None:
         """Takes up the run, before the reload or after it."""
         _, meta = read_archive(self.trainer.checkpoint)
-        config = meta.get("model", {})
-        if config.get("family") == "compressed":
-            differences = config_differences(config["base"], model_config(self.model))
+        if meta.get("compressed") is not None:
+            # Not to be told from the model: a reload that found nothing to do leaves it as it was.
+            config = meta["model"]
+            differences = config_differences(_base(config), _base(model_config(self.model)))
             if differences:
                 raise ValueError(
                     f"resume: {self.trainer.checkpoint} must be of the same model, got: "
@@ -189,6 +190,12 @@ class CompressSession(Session):
     def run(self) -> TrainResult:
         """Steps to the end; the network is the smaller one then."""
         return replace(super().run(), compressed=self.compressed)
+
+
+def _base(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a compressed network, the configuration that it was made of."""
+    found: dict[str, Any] = config["base"] if config.get("family") == "compressed" else config
+    return found
 
 
 def layer_counts(

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from pyeff.compress import RankRule, factorize_with_report, shrink
+from pyeff.compress import RankRule, factorize_with_report, zero_smallest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "models")]
 by_hand = importlib.import_module("compression_by_hand")
 arms = importlib.import_module("compression_arms")
+tables = importlib.import_module("compression_tables")
 lite = importlib.import_module("efficientnet_lite")
 
 
@@ -31,25 +33,9 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def test_the_smallest_channels_go_and_the_others_keep_their_weights():
-    model, x = network(), torch.randn(1, 3, 12, 12)
-    with torch.no_grad():
-        model[3].weight[:10] *= 0.01
-    before = copy.deepcopy(model)
-    left = by_hand.zero_smallest(model, x, 0.6, include_norm=True)
-    zero = (model[3].weight == 0).flatten(1).all(1)
-    assert zero[:10].all()
-    assert left["3"] == (24, 24 - int(zero.sum()))
-    torch.testing.assert_close(model[3].weight[~zero], before[3].weight[~zero], rtol=0, atol=0)
-    small = shrink(model, x)
-    assert 0.5 * count(model) < count(small) <= 0.6 * count(model)
-    with torch.no_grad():
-        torch.testing.assert_close(small(x), model(x))
-
-
 def test_compressed_to_meets_the_share():
     model, x = network(), torch.randn(1, 3, 12, 12)
-    by_hand.zero_smallest(model, x, 0.6**0.5)
+    zero_smallest(model, x, target_params=0.6**0.5)
     made = by_hand.compressed_to(model, x, 0.6)
     assert made.parameters == (count(model), count(made.model))
     assert count(made.model) <= 0.6 * count(model)
@@ -92,6 +78,25 @@ def test_an_arm_without_its_source_says_what_is_missing(tmp_path):
     )
     with pytest.raises(SystemExit, match=r"small_0.4: .*net_both_0.4_s0 must be trained first"):
         arms.train(plan, [arm])
+
+
+def test_neurons_of_a_run_that_starts_small_are_those_of_its_source(tmp_path):
+    both, small, dense = arms.Arm("both", 0.4), arms.Arm("small", 0.4), arms.Arm("dense")
+    plan = arms.Plan(
+        *("net", "digits", {"family": "dec3"}, tmp_path, tmp_path, {"epochs": 1}, {}),
+        *((dense, both, small), (0,), (), frozenset({"dense", "both_0.4", "small_0.4"})),
+    )
+    line = {"params": 10, "macs": 5, "accuracy": 0.5, "class_mean": 0.4}
+    for arm in plan.arms:
+        folder = plan.folder(arm, 0)
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"results": [line], "seconds": 1.0}))
+    compressed = {"channels": {"conv": [8, 2]}, "live": {"1": {"conv": 5}}, "ranks": {}}
+    (plan.folder(both, 0) / "compression.json").write_text(json.dumps(compressed))
+    found = tables.collect(plan)
+    assert tables.neurons(found["small_0.4"]) == tables.neurons(found["both_0.4"]) == (8, 2)
+    assert found["small_0.4"]["compression"][0]["live"] == {}
+    assert tables.neurons(found["dense"]) is None
 
 
 def test_names_follow_from_the_order():

@@ -147,6 +147,34 @@ def test_energy_for_a_target_is_the_largest_that_meets_it():
     assert more.compress().parameters[1] > 0.6 * made.parameters[0]
 
 
+@pytest.mark.parametrize("form", ["auto", "spatial"])
+def test_the_target_is_met_in_every_form(form):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(24, 24, 4, 2, 1), nn.ReLU()),
+        nn.Conv2d(24, 16, 3, padding=1),
+    )
+    x = torch.randn(1, 16, 12, 12)
+    compressor = Compressor(
+        model,
+        x,
+        rank=LowRank(model, strength=0.0),
+        target_params=0.4,
+        options={"form": form},
+    )
+    made = compressor.compress()
+    assert 0.3 * made.parameters[0] < made.parameters[1] <= 0.4 * made.parameters[0]
+
+
+def test_a_target_that_is_missed_is_told():
+    model = network()
+    group = GroupSparsity(model, example(1), strength=0.0)
+    compressor = Compressor(model, example(1), group=group, target_params=0.5)
+    with pytest.warns(UserWarning, match=r"target_params 0.5 allows 3,\d+ parameters, got 6,"):
+        made = compressor.compress()
+    assert made.parameters[0] == made.parameters[1]
+
+
 def test_without_a_target_low_rank_keeps_nine_tenths():
     model = network()
     rank = LowRank(model, strength=0.0)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pyeff
+from pyeff.compress import factorize
 from pyeff.compress.saved import carry_description, load, save
 from pyeff.models.described import apply_description, describe
 from pyeff.nn import ConvNorm2d, FactorizedConv2d
@@ -72,6 +73,35 @@ def test_the_base_is_not_changed_and_equal_layers_are_not_told():
     assert layers["1"]["num_features"] == 5
     assert shapes(apply_description(base, layers)) == shapes(model)
     assert shapes(base) == before
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.one = nn.Conv2d(channels, channels, 1)
+        self.inner = nn.Sequential(nn.ReLU(), self.one)
+        self.two = self.one
+
+    def forward(self, x):
+        return self.two(self.inner(self.one(x)))
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_a_layer_of_several_names_stays_one(factored, tmp_path):
+    base, model = Twice(6), Twice(4)
+    if factored:
+        model = factorize(Twice(6), rank=2)
+    else:
+        carry_description(model, base)
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors", base=base)
+    assert again.one is again.two is again.inner[1]
+    assert base.one is base.two
+    x = torch.randn(1, 6 if factored else 4, 3, 3)
+    torch.testing.assert_close(again(x), model(x))
+    assert len(list(again.parameters())) == len(list(model.parameters()))
 
 
 def test_unknown_classes_keep_their_class_and_are_resized():

@@ -91,6 +91,29 @@ def test_training_ends_at_the_target(kind):
     assert energy["conv3"] < numerical["conv3"]
 
 
+@pytest.mark.parametrize("route", ["svd", "gram"])
+def test_every_layer_keeps_its_floor(route):
+    net = SmallNet()
+    low_rank, _ = attached(net, strength=1e6, floor=2, route=route)
+    before = matrices(net)
+    low_rank.end_epoch(lr=0.1)
+    after = matrices(net)
+    assert set(low_rank.statistics()["ranks"].values()) == {2}
+    for name, matrix in after.items():
+        values = torch.linalg.svdvals(matrix)
+        torch.testing.assert_close(values[:2], torch.linalg.svdvals(before[name])[:2])
+        assert float(values[2:].max()) < 1e-5 * float(values[0])
+
+
+def test_a_small_target_leaves_no_layer_without_a_rank():
+    net = SmallNet()
+    low_rank, _ = attached(net, target_params=0.06, schedule=[0.1])
+    low_rank.end_epoch(lr=0.1)
+    found = low_rank.statistics()
+    assert min(found["ranks"].values()) == 1
+    assert found["share"] <= 0.06
+
+
 def test_energy_is_a_share_of_the_sum():
     net = nn.Sequential(nn.Linear(4, 4, bias=False))
     with torch.no_grad():
@@ -144,6 +167,16 @@ def test_resume_is_exact():
         (lambda: LowRank(SmallNet()), ValueError, "schedule must have a learning rate above 0"),
         (lambda: LowRank(SmallNet(), strength=-1.0), ValueError, "strength must not be negative"),
         (lambda: LowRank(SmallNet(), strength=True), TypeError, 'strength must be a number or "a'),
+        (
+            lambda: LowRank(SmallNet(), strength=1.0, floor=0),
+            ValueError,
+            "floor must be a whole nu",
+        ),
+        (
+            lambda: LowRank(SmallNet(), target_params=0.01, schedule=[0.1]),
+            ValueError,
+            r"target_params must be at least 0\.0\d+, which rank 1 of every layer and what",
+        ),
         (lambda: LowRank(SmallNet(), strength=1.0, route="qr"), ValueError, "route must be one of"),
         (
             lambda: LowRank(SmallNet(), strength=1.0, layers={"norm2": 1.0}),

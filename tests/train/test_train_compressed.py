@@ -134,6 +134,19 @@ def test_a_finished_run_is_resumed_with_its_small_network(tmp_path):
         Trainer(config(tmp_path, energy=0.3)).fit(resume=True)
 
 
+def test_a_reload_that_finds_nothing_to_do_is_resumed(tmp_path, monkeypatch):
+    changes = {"compress": {"group": 1e-9}, "target_params": None, "reload_epoch": 1}
+    settings = config(tmp_path, **changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(TrainingInterrupted, match="after step 5 of 9"):
+            Trainer(settings).fit()
+    result = Trainer(settings).fit(resume=True)
+    assert result.model.config["family"] == "dec3"
+    assert result.compressed["parameters"][0] == result.compressed["parameters"][1]
+    assert len(result.records) == 3
+
+
 def test_every_step_between_the_penalties_is_told_the_rate(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Compressor, "after_step", lambda self, lr: told.append(lr))
