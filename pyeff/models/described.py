@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyeff.nn import ConvNorm2d, FactorizedConv2d
+from pyeff.nn import (
+    ACBlock,
+    ConvNorm2d,
+    DiverseBranchBlock,
+    ExpandedConv2d,
+    ExpandedLinear,
+    FactorizedConv2d,
+    Reparam,
+    RepVGGBlock,
+)
 
 Entry = dict[str, Any]  # {"kind": ..., **arguments}
 Layers = dict[str, Entry]  # by the module's name
@@ -44,7 +53,21 @@ _PLAIN: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 }
 _PLAIN_TYPES: dict[type[nn.Module], str] = {getattr(nn, kind): kind for kind in _PLAIN}
 _PAIR = (*_CHANNELS, "rank", "order", "inner", "norm")
-KINDS = (*_PLAIN, "Sequential", "FactorizedConv2d", "ConvNorm2d", "resized")
+_CHAIN = ("bias", "inner_bias", "widths", "form", "activation")
+_BLOCK = (*(key for key in _CONV if key != "bias"), "norm_eps")
+
+# Layers with members, likewise; what of it is no attribute is read off the members.
+_WHOLE: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "FactorizedConv2d": (FactorizedConv2d, (*_PAIR, "norm_eps")),
+    "ExpandedConv2d": (ExpandedConv2d, (*_CONV, *_CHAIN[1:], "mode")),
+    "ExpandedLinear": (ExpandedLinear, ("in_features", "out_features", *_CHAIN)),
+    "RepVGGBlock": (RepVGGBlock, _BLOCK),
+    "ACBlock": (ACBlock, _BLOCK),
+    "DiverseBranchBlock": (DiverseBranchBlock, (*_BLOCK, "inner_channels")),
+}
+_EXPANDED = (ExpandedConv2d, ExpandedLinear, Reparam)
+_WHOLE_TYPES: dict[Any, str] = {make: kind for kind, (make, _) in _WHOLE.items()}
+KINDS = (*_PLAIN, *_WHOLE, "Sequential", "ConvNorm2d", "resized")
 
 # Sizes that an attribute of a layer tells.
 _SIZES = (
@@ -89,6 +112,9 @@ def _compare(model: nn.Module, base: nn.Module, name: str, layers: Layers) -> No
     if type(model) is not type(base) or list(children) != list(others):
         layers[name] = _entry(model, name)
         return
+    if isinstance(model, _EXPANDED) and _whole_arguments(model) != _whole_arguments(base):
+        layers[name] = _entry(model, name)
+        return
     own = _resized(model)
     if own != _resized(base):
         layers[name] = own
@@ -106,8 +132,8 @@ def _entry(module: nn.Module, name: str) -> Entry:
     ):
         items = [_entry(item, f"{name}.{number}") for number, item in enumerate(module)]
         return {"kind": "Sequential", "items": items}
-    if isinstance(module, FactorizedConv2d):
-        return _composite(module, _pair_arguments(module), name)
+    if type(module) in _WHOLE_TYPES:
+        return _composite(module, _whole_arguments(module), name)
     if isinstance(module, ConvNorm2d):
         made = {"conv": _entry(module.conv, f"{name}.conv"), "norm_eps": module.norm.eps}
         return _composite(module, {"kind": "ConvNorm2d", **made}, name)
@@ -131,14 +157,26 @@ def describe_layer(layer: nn.Module, name: str, kind: str) -> Entry:
     return _resized(layer) if kind == "resized" else _entry(layer, name)
 
 
-def _pair_arguments(pair: FactorizedConv2d) -> Entry:
-    entry: Entry = {"kind": "FactorizedConv2d"}
-    for key in _PAIR:
-        entry[key] = pair.second.bias is not None if key == "bias" else _value(pair, key)
-    entry["in_channels"], entry["rank"] = pair.first.in_channels, pair.first.out_channels
-    entry["out_channels"] = pair.second.out_channels
-    norm = pair.norm_outer if pair.norm_outer is not None else pair.norm_inner
-    entry["norm_eps"] = 1e-5 if norm is None else norm.eps
+def _whole_arguments(module: nn.Module) -> Entry:
+    kind = _WHOLE_TYPES[type(module)]
+    entry: Entry = {"kind": kind}
+    read: dict[str, Any] = {}
+    if isinstance(module, FactorizedConv2d):
+        norm = module.norm_outer if module.norm_outer is not None else module.norm_inner
+        read = {
+            "bias": module.second.bias is not None,
+            "in_channels": module.first.in_channels,
+            "rank": module.first.out_channels,
+            "out_channels": module.second.out_channels,
+            "norm_eps": 1e-5 if norm is None else norm.eps,
+        }
+    elif isinstance(module, ExpandedConv2d | ExpandedLinear):
+        first, last = module.members[0], module.members[-1]
+        read = {"bias": last.bias is not None, "inner_bias": first.bias is not None}
+    elif isinstance(module, Reparam):
+        read = {"norm_eps": module.branches.get_submodule("conv.norm").eps}
+    for key in _WHOLE[kind][1]:
+        entry[key] = read[key] if key in read else _value(module, key)
     return entry
 
 
@@ -248,10 +286,8 @@ def _build(entry: Mapping[str, Any], name: str) -> nn.Module:
         arguments["conv"] = _build(arguments.get("conv", {}), f"{name}.conv")
         allowed: tuple[str, ...] = ("conv", "norm_eps")
         make: Callable[..., nn.Module] = ConvNorm2d
-    elif kind == "FactorizedConv2d":
-        make, allowed = FactorizedConv2d, (*_PAIR, "norm_eps")
-    elif kind in _PLAIN:
-        make, allowed = _PLAIN[kind]
+    elif kind in _PLAIN or kind in _WHOLE:
+        make, allowed = _PLAIN[kind] if kind in _PLAIN else _WHOLE[kind]
     else:
         raise ValueError(f"apply_description: {name!r} must be a layer of its own, got {kind!r}")
     unknown = sorted(set(arguments) - set(allowed))
