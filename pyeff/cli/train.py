@@ -6,10 +6,12 @@ from typing import Any
 import typer
 
 from pyeff.cli._options import Option, exits_of_training, is_given, make_command
+from pyeff.cli._train_smallnet import DOC as SMALLNET_DOC
+from pyeff.cli._train_smallnet import SMALLNET, SMALLNET_NAMES, with_recipe
 
 train = typer.Typer(
     name="train",
-    help="Train a nested network, a HydraNet, DecomposeMe, the plain backbone, or ERFNet.",
+    help="Train a nested network, a HydraNet, DecomposeMe, SmallNet, a backbone, or ERFNet.",
     no_args_is_help=True,
 )
 
@@ -34,9 +36,15 @@ _RUN: list[Option] = [
     ("epochs", int, 30, "Passes over the largest task."),
     ("batch-size", int, 128, "Images a task and step, over all processes."),
     ("lr", float, 0.1, "Learning rate (the peak of onecycle)."),
-    ("momentum", float, 0.9, "Nesterov momentum."),
+    ("momentum", float, 0.9, "Of SGD."),
+    ("nesterov", bool, True, "Nesterov's momentum, rather than the plain one."),
     ("weight-decay", float, 5e-4, "On weights of convolutions and linear layers."),
-    ("schedule", str, "onecycle", "multistep (50 % and 75 %), cosine, onecycle or constant."),
+    (
+        "schedule",
+        str,
+        "onecycle",
+        "multistep (50 % and 75 %), thirds, cosine, onecycle or constant.",
+    ),
     ("warmup", float, 0.0, "Share of the steps in which the rate rises (onecycle: 0 is 0.25)."),
     ("clip", float, 0.0, "Largest gradient norm; 0 does not clip."),
     ("label-smoothing", float, 0.0, "Share of the target spread over all classes."),
@@ -95,6 +103,7 @@ _MODEL_NAMES_OF = {
     "hydranet": _HYDRANET_NAMES,
     "dec3": _PAIR_NAMES,
     "decomposeme": {**_PAIR_NAMES, "skip": "skip", "pool": "pools"},
+    "smallnet": SMALLNET_NAMES,
 }
 _RENAMED = {"task": "tasks"}
 _ELSEWHERE = ("resume", "overwrite", "backend", "model")
@@ -278,6 +287,7 @@ train.command("dec3")(
         f"{_SMALLER} --epochs 15 --out runs/dec3",
     )
 )
+train.command("smallnet")(_command("smallnet", [*with_recipe(_ONE_TASK), *SMALLNET], SMALLNET_DOC))
 
 _HYDRANET: list[Option] = [
     (

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyeff.measure.memory import peak_activation_bytes
-from pyeff.nn import ConvNorm2d, Downsampler, FactorizedConv2d
+from pyeff.nn import ConvNorm2d, Downsampler, ExpandedConv2d, ExpandedLinear, FactorizedConv2d
 
-_WHOLE = (ConvNorm2d, Downsampler, FactorizedConv2d)
+_WHOLE = (ConvNorm2d, Downsampler, ExpandedConv2d, ExpandedLinear, FactorizedConv2d)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _costs_of(name: str, layer: nn.Module, x: Tensor, out: Tensor) -> list[Layer
         ]
     if isinstance(layer, ConvNorm2d | Downsampler):
         name, layer = f"{name}.conv", layer.conv
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | ExpandedLinear):
         return [_cost(name, layer, out.numel() // layer.out_features)]
     # A transposed convolution puts its kernel at every pixel of its input.
     side = x if isinstance(layer, nn.ConvTranspose2d) else out
@@ -120,8 +120,18 @@ def _costs_of(name: str, layer: nn.Module, x: Tensor, out: Tensor) -> list[Layer
 
 
 def _cost(name: str, layer: nn.Module, positions: int) -> LayerCost:
-    weights = cast(Tensor, layer.weight).numel()
+    weights = _weights_of(layer)
     return LayerCost(name, weights, weights * positions)
+
+
+def _weights_of(layer: nn.Module) -> int:
+    """Of a chain those of the layer that it runs as."""
+    if isinstance(layer, ExpandedConv2d):
+        height, width = layer.kernel_size
+        return layer.out_channels * layer.in_channels // layer.groups * height * width
+    if isinstance(layer, ExpandedLinear):
+        return layer.out_features * layer.in_features
+    return cast(Tensor, layer.weight).numel()
 
 
 def measure_cost(

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from pyeff.models.alexnet_small import alexnet_small
 from pyeff.models.decomposeme import dec3, decomposeme
 from pyeff.models.described import apply_description
 from pyeff.models.dvn import dvn
@@ -12,9 +13,15 @@ from pyeff.models.erfnet import erfnet
 from pyeff.models.hydranet_densenet import hydranet_densenet
 from pyeff.models.hydranet_resnet import hydranet_resnet, hydranet_resnet50
 from pyeff.models.hydranet_ressep import hydranet_ressep
+from pyeff.models.mobilenet_v1 import mobilenet_v1
+from pyeff.models.mobilenet_v2 import mobilenet_v2
 from pyeff.models.nestednet import nestednet
 from pyeff.models.resnet import ResNet, build_backbone, initialise
 from pyeff.models.resnet50_decomposed import resnet50_decomposed
+from pyeff.models.shufflenet_v2 import shufflenet_v2_x0_5
+from pyeff.models.smallnet import smallnet
+from pyeff.models.unet_small import unet_small
+from pyeff.models.yolo_lite import yolo_lite
 
 
 def compressed(base: Mapping[str, Any], layers: Mapping[str, Any]) -> nn.Module:
@@ -35,6 +42,7 @@ def compressed(base: Mapping[str, Any], layers: Mapping[str, Any]) -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "alexnet_small": alexnet_small,
     "backbone": build_backbone,
     "compressed": compressed,
     "dec3": dec3,
@@ -45,8 +53,14 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "hydranet_resnet": hydranet_resnet,
     "hydranet_resnet50": hydranet_resnet50,
     "hydranet_ressep": hydranet_ressep,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
     "nestednet": nestednet,
     "resnet50_decomposed": resnet50_decomposed,
+    "shufflenet_v2_x0_5": shufflenet_v2_x0_5,
+    "smallnet": smallnet,
+    "unet_small": unet_small,
+    "yolo_lite": yolo_lite,
 }
 
 

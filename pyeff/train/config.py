@@ -7,7 +7,8 @@ from typing import Any
 from pyeff.train.compress_options import check_compress
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": ("multistep", "cosine", "onecycle", "constant"),
+    "schedule": ("multistep", "thirds", "cosine", "onecycle", "constant"),
+    "weight_decay_on": ("factors", "product"),
     "level_rule": ("sum", "sandwich"),
     "task_rule": ("joint", "alternate"),
     "precision": ("fp32", "bf16", "fp64"),
@@ -32,10 +33,18 @@ class TrainConfig:
         epochs: passes over the largest task; smaller ones are repeated to match.
         batch_size: images a task and step, over all processes.
         lr: learning rate; of ``onecycle`` and of any warm-up its highest value.
-        momentum: of Nesterov's SGD.
+        momentum: of SGD.
+        nesterov: Nesterov's momentum, rather than the plain one.
         weight_decay: on weights of convolutions and linear layers only.
-        schedule: ``multistep`` (a tenth at 50 % and 75 % of the steps), ``cosine``, ``onecycle``
-            (up in a straight line, down in a straight line to 0), ``constant``.
+        weight_decay_on: of expanded layers: ``factors`` acts on the weights of each member, which
+            favours products of low rank; ``product`` on the weight that the layer contracts to, as
+            in the plain network.
+        init_from: folder or file of a run whose weights this one starts from, of a network with the
+            same tensors. A run whose chains have activations, followed by a linear one from it, is
+            the "+Init" of ExpandNets.
+        schedule: ``multistep`` (a tenth at 50 % and 75 % of the steps), ``thirds`` (at a third and
+            at two thirds), ``cosine``, ``onecycle`` (up in a straight line, down in a straight line
+            to 0), ``constant``.
         warmup: share of the steps in which the rate rises from a 25th; ``onecycle``'s is 0.25 if 0.
         clip: largest gradient norm; 0 does not clip.
         label_smoothing: share of the target spread over all classes.
@@ -100,7 +109,10 @@ class TrainConfig:
     batch_size: int = 128
     lr: float = 0.1
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 5e-4
+    weight_decay_on: str = "factors"
+    init_from: str | None = None
     schedule: str = "onecycle"
     warmup: float = 0.0
     clip: float = 0.0
@@ -171,6 +183,7 @@ class TrainConfig:
             "have a family (dvn, nestednet, backbone, hydranet_resnet, ...)",
         )
         self._check_compression()
+        self._check_expansion()
         learned = self.model.get("gate", "supervised") != "supervised"
         check_setting(
             self,
@@ -202,6 +215,28 @@ class TrainConfig:
             "model",
             family not in ("dvn", "nestednet", "erfnet") and not family.startswith("hydranet"),
             "be a classifier of one task and one level to be compressed",
+        )
+
+    def _check_expansion(self) -> None:
+        expanded = self.model.get("expand") is not None
+        check_setting(
+            self,
+            "weight_decay_on",
+            self.weight_decay_on == "factors"
+            or (expanded and self.model.get("activation") is None),
+            "be factors for a network without linear chains",
+        )
+        check_setting(
+            self,
+            "compress",
+            self.compress is None or not expanded,
+            "be left out for a network with expanded layers: contract it first",
+        )
+        check_setting(
+            self,
+            "init_from",
+            self.init_from is None or not str(self.model.get("family")).startswith("hydranet"),
+            "be left out for a HydraNet, whose partition is its own",
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from pyeff.models.hydranet import HydraNet
 from pyeff.train.tasks import TaskData
 
 # Families of one task; HydraNets are too.
-_CLASSIFIERS = ("backbone", "dec3", "decomposeme", "nestednet", "resnet50_decomposed")
+_CLASSIFIERS = (
+    *("backbone", "dec3", "decomposeme", "nestednet", "resnet50_decomposed"),
+    *("alexnet_small", "mobilenet_v1", "mobilenet_v2", "shufflenet_v2_x0_5", "smallnet"),
+)
 
 
 def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Module:
@@ -36,9 +39,19 @@ def build_network(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> nn.Mod
     arguments["classes"] = only_task(model, tasks).classes
     if family == "nestednet":
         arguments["task"] = tasks[0].name
+    elif family == "smallnet":
+        arguments["image_size"] = _side(tasks[0])
     elif "backbone" in arguments:
         arguments["name"] = arguments.pop("backbone")
     return models.build(arguments)
+
+
+def _side(task: TaskData) -> int:
+    """Rows and columns of a task's images."""
+    _, height, width = task.image_shape
+    if height != width:
+        raise ValueError(f"train: smallnet must have square images, got {height} x {width}")
+    return height
 
 
 def only_task(model: Mapping[str, Any], tasks: Sequence[TaskData]) -> TaskData:

@@ -23,6 +23,7 @@ from pyeff.checkpoint import (
 )
 from pyeff.measure import LevelCost, measure_cost, measure_latency
 from pyeff.measure.memory import peak_activation_bytes
+from pyeff.models.expansion import ExpandableNet, as_it_runs
 from pyeff.models.hydranet import HydraNet
 from pyeff.models.nested_resnet import NestedResNet
 from pyeff.ops import backend as forced_backend
@@ -84,6 +85,8 @@ def level_results(
 def _costs(model: nn.Module, task: str, shape: Sequence[int], latency: bool) -> list[LevelCost]:
     if isinstance(model, NestedResNet):
         return model.costs(task, input_size=(shape[1], shape[2]), latency=latency)
+    if isinstance(model, ExpandableNet):
+        model = as_it_runs(model)
     model.eval()
     like = next(model.parameters())
     x = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
@@ -291,7 +294,43 @@ def train_and_report(
         results = level_results(result.model, shapes, result.accuracy, gate=result.gate)
     write_report(trainer.out, trainer.config, trainer.tasks, result, results)
     print_results(results, console)
+    if isinstance(result.model, ExpandableNet):
+        print_best(best_epochs(result.records), console)
     return result
+
+
+def best_epochs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The epoch with the best test accuracy of every (task, level), the first of equal ones.
+
+    It is chosen by the test images, so its accuracy is a flattering one. It stands beside the last
+    epoch's because papers report it.
+
+    Args:
+        records: lines of ``metrics.jsonl``.
+
+    Returns:
+        Dicts of ``task``, ``level``, ``epoch``, ``accuracy``.
+    """
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in records:
+        accuracy, key = record["test_accuracy"], (record["task"], record["level"])
+        if accuracy is not None and (key not in best or accuracy > best[key]["accuracy"]):
+            best[key] = {
+                **dict(zip(("task", "level"), key, strict=True)),
+                "epoch": record["epoch"],
+                "accuracy": accuracy,
+            }
+    return list(best.values())
+
+
+def print_best(best: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Prints what :func:`best_epochs` found."""
+    for found in best:
+        (console or Console()).print(
+            f"best epoch by the test images, {found['task']}: {found['epoch']}, "
+            f"{found['accuracy']:.2%}",
+            highlight=False,
+        )
 
 
 def write_report(
@@ -318,6 +357,7 @@ def write_report(
         "config": config.to_json(),
         "seconds": result.seconds,
         "results": [line.to_json() for line in results],
+        "best_epochs": best_epochs(result.records),
     }
     write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     plot_levels(results, out / "levels.png")

@@ -4,6 +4,8 @@ import math
 
 _START = 1 / 25
 _ONECYCLE_WARMUP = 0.25
+# After which share of the steps the rate becomes a tenth, and a hundredth.
+_DROPS = {"multistep": ((1, 2), (3, 4)), "thirds": ((1, 3), (2, 3))}
 
 
 def learning_rate(
@@ -16,6 +18,7 @@ def learning_rate(
         steps: of the whole run.
         peak: the highest rate.
         schedule: ``multistep`` (a tenth from 50 %, a hundredth from 75 % of the steps on),
+            ``thirds`` (a tenth in the second third of the steps, a hundredth in the last),
             ``cosine`` (half a wave down to 0), ``onecycle`` (up in a straight line, then down in a
             straight line to 0), ``constant``.
         warmup: share of the steps in which the rate rises in a straight line from ``peak / 25``;
@@ -28,8 +31,9 @@ def learning_rate(
         ValueError: no such schedule.
 
     Source: 50 % and 75 %: Ahn, Kim, Oh, "Deep Elastic Networks with Model Selection for
-        Multi-Task Learning", ICCV 2019 (released code). One cycle: Smith, Topin,
-        "Super-Convergence", 2018, without its momentum cycle.
+        Multi-Task Learning", ICCV 2019 (released code). Thirds: Guo, Alvarez, Salzmann,
+        "ExpandNets", NeurIPS 2020 (released code). One cycle: Smith, Topin, "Super-Convergence",
+        2018, without its momentum cycle.
     """
     if schedule == "onecycle" and not warmup:
         warmup = _ONECYCLE_WARMUP
@@ -43,12 +47,13 @@ def learning_rate(
         return peak * 0.5 * (1 - math.cos(math.pi * left))
     if schedule == "constant":
         return peak
-    if schedule != "multistep":
+    if schedule not in _DROPS:
         raise ValueError(
-            "learning_rate: schedule must be multistep, cosine, onecycle or constant, got "
+            "learning_rate: schedule must be multistep, thirds, cosine, onecycle or constant, got "
             f"{schedule!r}"
         )
-    return peak * (1.0 if step < 0.5 * steps else 0.1 if step < 0.75 * steps else 0.01)
+    drops = sum(step * whole >= part * steps for part, whole in _DROPS[schedule])
+    return peak * (1.0, 0.1, 0.01)[drops]
 
 
 def poly_learning_rate(epoch: int, epochs: int, *, peak: float, power: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyeff.checkpoint import load_model_tensors, read_archive
 from pyeff.models import NestedNet
 from pyeff.nn import synchronise_batch_norm
 from pyeff.train.batches import BatchStream, normalise
@@ -18,7 +19,7 @@ from pyeff.train.gate_statistics import GateSummary
 from pyeff.train.history import History
 from pyeff.train.interrupt import StopRequest, TrainingInterrupted
 from pyeff.train.network import build_network, lay_out, levels_of
-from pyeff.train.optimizer import build_optimizer
+from pyeff.train.optimizer import add_product_decay, build_optimizer
 from pyeff.train.processes import Processes
 from pyeff.train.progress_bar import Bar, progress_bar
 from pyeff.train.schedule import learning_rate
@@ -99,6 +100,8 @@ class Session:
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            factors=config.weight_decay_on == "factors",
         )
         self.step_module, self.wrapped = self._wrap()
 
@@ -129,6 +132,16 @@ class Session:
     def evaluate(self) -> Accuracies:
         """Test accuracy of every (task, level)."""
         return evaluate(self.model, self.tasks, processes=self.processes)
+
+    def begin(self) -> None:
+        """Starts the run, with the weights of another one if it is told so."""
+        self.history.restart([])
+        where = self.config.init_from
+        if where is None:
+            return
+        tensors, _ = read_archive(where)
+        found = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        load_model_tensors(self.model, found, where)
 
     def restore(self) -> None:
         """Takes up the run where its checkpoint stands."""
@@ -255,6 +268,8 @@ class Session:
             losses = self.processes.mean(connected.detach())
         self._check_finite(losses, list(batches), levels, step)
         self.scale_gradients()
+        if self.config.weight_decay_on == "product":
+            add_product_decay(self.model, self.config.weight_decay)
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()

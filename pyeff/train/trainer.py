@@ -86,16 +86,14 @@ class Trainer:
             check_new(self.checkpoint)
         with joined(self.config.device) as processes:
             self.first = processes.first
-            reference = Path(reference_config(self.config).out) / FILE_NAME
-            # Stopped while its reference classifier was trained: there is no state of its own yet.
-            early = self._needs_reference() and reference.exists() and not self.checkpoint.exists()
+            early = self._needs_reference() and self._only_reference_begun()
             if needs_partition(self.config.model):
                 self._settle_partition(processes, resume, overwrite)
             session = self._session_kind()(self, processes)
             if resume and not early:
                 session.restore()
             else:
-                session.history.restart([])
+                session.begin()
                 if processes.first:
                     # What an overwritten run left would pass for this one's.
                     (self.out / MODEL_FILE_NAME).unlink(missing_ok=True)
@@ -114,6 +112,11 @@ class Trainer:
             and config.partition == "auto"
             and config.reference is None
         )
+
+    def _only_reference_begun(self) -> bool:
+        """Stopped while the reference classifier was trained: there is no state of its own yet."""
+        reference = Path(reference_config(self.config).out) / FILE_NAME
+        return reference.exists() and not self.checkpoint.exists()
 
     def _settle_partition(self, processes: Processes, resume: bool, overwrite: bool) -> None:
         """Puts the branch that owns each class into the run's configuration."""
