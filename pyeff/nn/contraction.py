@@ -6,6 +6,7 @@ what they are given.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd, prod
@@ -293,6 +294,17 @@ def identity_kernel(like: Kernel, channels: int) -> Kernel:
     one = torch.eye(per_group, dtype=like.weight.dtype, device=like.weight.device)
     weight = one.repeat(like.groups, 1)[:, :, None, None]
     return Kernel(weight, None, like.stride, (1, 1), like.groups)
+
+
+def without_autocast(weight: Tensor) -> AbstractContextManager[object]:
+    """Within it weights are composed in their own dtype.
+
+    Autocast would round the weight at every step of the composition.
+    """
+    device = weight.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _lattice(first: Kernel, second: Kernel) -> tuple[Pair, Pair, Pair]:

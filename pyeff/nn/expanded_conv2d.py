@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from pyeff.nn.contraction import Kernel, compose_all
+from pyeff.nn.contraction import Kernel, compose_all, without_autocast
 from pyeff.nn.expansion_cost import trains_faster_contracted
 from pyeff.nn.expansion_plan import (
     PADDING_MODES,
@@ -168,14 +168,13 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
     ) -> "ExpandedConv2d":
         """An expanded layer that computes what a convolution computes.
 
-        The first and the last members are random, the one between them is solved for; the last
-        bias makes up for the inner ones.
+        One member is solved for, the others are random; the last bias makes up for the inner ones.
 
         Mode cl can do so where the inner channels of a group are at least as many as the ranks of
         its weight, unfolded by inputs and by outputs; widths that are no smaller than the layer's
         own channels always suffice. Mode ck needs several channels between the members for each
-        channel of the layer, so that what they make of single taps spans the kernel: rate 4 does
-        for 5 x 5 to 11 x 11.
+        channel of the layer, so that filters of 3 x 3 span the kernel's taps: rate 4 does for 5 x 5
+        to 9 x 9, and for 11 x 11 with no more inputs than outputs.
 
         Args:
             conv: is not changed.
@@ -314,9 +313,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
             raise TypeError(
                 f"{_OP}: members must be plain nn.Conv2d to contract, got {type(odd).__name__}"
             )
-        device = self._convs[0].weight.device.type
-        # Under autocast the weight would be rounded at every step of the composition.
-        with torch.autocast(device, enabled=False):
+        with without_autocast(self._convs[0].weight):
             return compose_all(self._kernels(dtype))
 
     @torch.no_grad()

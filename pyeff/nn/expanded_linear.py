@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from pyeff.nn.contraction import Kernel, compose_linear
+from pyeff.nn.contraction import Kernel, compose_linear, without_autocast
 from pyeff.nn.expansion_cost import linear_trains_faster_contracted
 from pyeff.nn.expansion_plan import check_form, inner_widths
 from pyeff.nn.expansion_start import start_cl
@@ -233,8 +233,7 @@ class ExpandedLinear(FoldsNorms[_Affine]):
                 f"{_OP}: members must be plain nn.Linear to contract, got {type(odd).__name__}"
             )
         pairs = self._pairs(dtype)
-        # Under autocast the weight would be rounded at every step of the composition.
-        with torch.autocast(pairs[0][0].device.type, enabled=False):
+        with without_autocast(pairs[0][0]):
             if self.in_features <= self.out_features:
                 return reduce(compose_linear, pairs)
             return reduce(lambda second, first: compose_linear(first, second), reversed(pairs))

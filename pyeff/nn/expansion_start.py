@@ -50,16 +50,25 @@ def start_cl(op: str, weight: Tensor, members: Sequence[Kernel], noise: float) -
     first = _isometry(bases[0], widths[0])  # [g, P, I]
     last = _isometry(bases[1], widths[1]).mT  # [g, O, Q]
     middle = _between(exact, last.mT, first.mT)
-    in_norm, out_norm = (m.weight.norm() for m in (members[0], members[2]))
-    in_scale, out_scale = in_norm / first.norm(), out_norm / last.norm()
-    extra = noise * members[1].weight.unflatten(0, (groups, -1))
+    usual = members[1].weight.unflatten(0, (groups, -1))
+    extra = noise * usual
     extra = extra - _between(_between(extra, last, first), last.mT, first.mT)
-    middle = middle / (in_scale * out_scale) + extra
+    # All members deviate from their usual norms by the same factor.
+    in_scale = members[0].weight.norm() / first.norm()
+    out_scale = members[2].weight.norm() / last.norm()
+    middle = middle / (in_scale * out_scale)
+    factor = _root(middle.norm() / usual.norm(), 3)
     return [
-        (first * in_scale).flatten(0, 1)[:, :, None, None],
-        middle.flatten(0, 1),
-        (last * out_scale).flatten(0, 1)[:, :, None, None],
+        (first * (in_scale * factor)).flatten(0, 1)[:, :, None, None],
+        (middle / factor**2 + extra).flatten(0, 1),
+        (last * (out_scale * factor)).flatten(0, 1)[:, :, None, None],
     ]
+
+
+def _root(ratio: Tensor, degree: int) -> float:
+    """What every member of a chain is scaled by; 1 where there is nothing to scale."""
+    value = float(ratio)
+    return value ** (1 / degree) if 0 < value < float("inf") else 1.0
 
 
 def _between(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -147,12 +156,13 @@ def start_ck(op: str, weight: Tensor, members: Sequence[Kernel], noise: float) -
         )
     _, place, features = min(found, key=lambda f: f[0])
     exact = weight.double().unflatten(0, (groups, -1))
-    blocks = [_diagonal(kernel.weight, channels[0], groups) for kernel in features.before]
-    solved = members[place].weight.unflatten(0, (groups, -1))
-    blocks.append(_solve(exact, features, noise * solved))
-    blocks += [_diagonal(kernel.weight, channels[1], groups) for kernel in features.after]
-    usual = [noise * member.weight.unflatten(0, (groups, -1)) for member in members]
-    full = [_filled(block, start) for block, start in zip(blocks, usual, strict=True)]
+    usual = [member.weight.unflatten(0, (groups, -1)) for member in members]
+    solved, extra = _solve(exact, features, noise * usual[place])
+    factor = _root(solved.norm() / usual[place].norm(), len(members))
+    blocks = [factor * _diagonal(k.weight, channels[0], groups) for k in features.before]
+    blocks.append(solved / factor ** (len(members) - 1) + extra)
+    blocks += [factor * _diagonal(k.weight, channels[1], groups) for k in features.after]
+    full = [_filled(block, noise * start) for block, start in zip(blocks, usual, strict=True)]
     return [rotated.flatten(0, 1) for rotated in _rotate(full)]
 
 
@@ -192,8 +202,11 @@ def _sufficient(taps: Sequence[Pair], channels: Pair, groups: int) -> tuple[int,
     return tuple(min(sufficing, key=sum))
 
 
-def _solve(exact: Tensor, features: _Features, noise: Tensor) -> Tensor:
-    """The member between the features: ``[g, O * outputs, I * inputs, kh, kw]``."""
+def _solve(exact: Tensor, features: _Features, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The member between the features, and of the noise what may be added to it.
+
+    Both are ``[g, O * outputs, I * inputs, kh, kw]``.
+    """
     inputs, outputs = features.maps
     groups, out_channels, in_channels = exact.shape[:3]
     matrix = features.matrix().to(exact.device)
@@ -201,9 +214,13 @@ def _solve(exact: Tensor, features: _Features, noise: Tensor) -> Tensor:
     noise = noise[:, : out_channels * outputs, : in_channels * inputs]
     noise = noise.reshape(groups, out_channels, outputs, in_channels, inputs, *features.taps)
     noise = noise.transpose(2, 3).flatten(3)  # [g, O, I, outputs * inputs * taps]
-    solved = noise + (exact.flatten(3) - noise @ matrix.T) @ inverse.T
-    solved = solved.unflatten(3, (outputs, inputs, *features.taps)).transpose(2, 3)
-    return solved.flatten(3, 4).flatten(1, 2)
+    found = exact.flatten(3) @ inverse.T, noise - noise @ matrix.T @ inverse.T
+
+    def member(values: Tensor) -> Tensor:
+        values = values.unflatten(3, (outputs, inputs, *features.taps)).transpose(2, 3)
+        return values.flatten(3, 4).flatten(1, 2)
+
+    return member(found[0]), member(found[1])
 
 
 def _diagonal(filters: Tensor, channels: int, groups: int) -> Tensor:
