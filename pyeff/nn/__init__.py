@@ -17,7 +17,8 @@ from pyeff.nn.nested_conv2d import NestedConv2d
 from pyeff.nn.nested_linear import NestedLinear
 from pyeff.nn.nested_masked import LevelMask, NestedMaskedConv2d, NestedMaskedLinear
 from pyeff.nn.non_bottleneck_1d import NonBottleneck1d
-from pyeff.nn.reparam import ACBlock, DiverseBranchBlock, Reparam, RepVGGBlock
+from pyeff.nn.reparam import Reparam
+from pyeff.nn.reparam_blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from pyeff.nn.synchronise import SynchronisedBatchNorm2d, synchronise_batch_norm
 from pyeff.nn.top_k_gate import GateOutput, TopKGate
 from pyeff.nn.units import ChannelUnits, Range

@@ -150,7 +150,7 @@ class IdentityBranch(Branch):
     def folded(self) -> Kernel:
         """As in :class:`Branch`."""
         like = Kernel(self.norm.weight.double(), groups=self.window.groups)
-        return fold_norm(identity_kernel(like, self.window.out_channels), self.norm)
+        return fold_norm(identity_kernel(like, self.norm.num_features), self.norm)
 
 
 class PointBranch(Branch):
@@ -226,14 +226,14 @@ class PointBranch(Branch):
         window = self.window
         if window.dilation == (1, 1):
             return F.avg_pool2d(y, window.kernel_size, window.stride)
-        channels = window.out_channels
-        kernel = self._average_kernel(y, channels).weight
+        channels = y.shape[1]
+        kernel = self._average_kernel(y, channels, channels).weight
         return F.conv2d(y, kernel, None, window.stride, 0, window.dilation, channels)
 
-    def _average_kernel(self, like: Tensor, groups: int) -> Kernel:
+    def _average_kernel(self, like: Tensor, channels: int, groups: int) -> Kernel:
         window = self.window
         one = Kernel(like, None, window.stride, window.dilation, groups)
-        kernel = identity_kernel(one, window.out_channels)
+        kernel = identity_kernel(one, channels)
         rows, columns = window.kernel_size
         weight = (kernel.weight / (rows * columns)).expand(-1, -1, rows, columns)
         return replace(kernel, weight=weight, dilation=window.dilation)
@@ -242,7 +242,7 @@ class PointBranch(Branch):
         """As in :class:`Branch`."""
         point = fold_norm(Kernel.of(self.point, torch.float64), self.point_norm)
         if self.conv is None:
-            second = self._average_kernel(point.weight, point.groups)
+            second = self._average_kernel(point.weight, point.shape[0], point.groups)
         else:
             second = Kernel.of(self.conv, torch.float64)
         return fold_norm(compose(point, second), self.norm)
