@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pyeff.compress.expanded import refuse_expanded
 from pyeff.compress.factor_forms import (
     FACTORED_KINDS,
     Decomposition,
@@ -80,7 +81,7 @@ def factorize(
     Raises:
         TypeError: a model, layers or ranks of the wrong kind.
         ValueError: none or several rules, a value out of range, names that the model has not, time
-            without an example.
+            without an example, expanded layers, which :func:`pyeff.convert.contract` makes plain.
 
     Source: Alvarez, Salzmann, "Compression-aware Training of Deep Networks", NIPS 2017; the
     spatial form: Jaderberg, Vedaldi, Zisserman, BMVC 2014, scheme 2.
@@ -243,6 +244,7 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every convolution and linear layer by its first name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be an nn.Module, got {type(model).__name__}")
+    refuse_expanded(_OP, model)
     kinds = (*_CONVOLUTIONS, nn.Linear)
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyeff.compress.expanded import refuse_expanded
 from pyeff.compress.parameter_count import ParameterCount
 from pyeff.compress.prox import ROUTES, shrink_spectrum, singular_values
 from pyeff.compress.proximal import Proximal
@@ -63,7 +64,7 @@ class LowRank(Proximal):
 
     Raises:
         TypeError, ValueError: numbers out of range, unknown layers, no layer at all, a target that
-            the floor does not allow.
+            the floor does not allow, expanded layers.
 
     Source: Alvarez, Salzmann, "Compression-aware Training of Deep Networks", NIPS 2017.
 
@@ -88,6 +89,7 @@ class LowRank(Proximal):
         schedule: Sequence[float] | None = None,
     ) -> None:
         super().__init__(model, every, steps_per_epoch, schedule)
+        refuse_expanded(_OP, model)
         check_strength(_OP, strength)
         check_target(_OP, target_params, strength)
         if not isinstance(floor, int) or floor < 1:
