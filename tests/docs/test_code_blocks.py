@@ -140,13 +140,21 @@ def test_shell_lines_work(block, words):
     CHECKS[tool](words)
 
 
+RESULTS = ROOT / "docs" / "results"
+
+
+def targets(page: Path) -> list[str]:
+    """What a page links to, or shows, within the repository."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    found = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [target for target in found if not target.startswith(("https://", "mailto:"))]
+
+
+LINKING = sorted({*PAGES, *(ROOT / "docs").rglob("*.md")})
 LINKS = [
     pytest.param(page, target, id=f"{page.relative_to(ROOT)}-{target}")
-    for page in PAGES
-    for target in re.findall(
-        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    )
-    if not target.startswith(("https://", "mailto:"))
+    for page in LINKING
+    for target in targets(page)
 ]
 
 
@@ -164,6 +172,24 @@ def test_links_lead_somewhere(page, target):
     assert goal.is_relative_to(ROOT)
     if fragment:
         assert fragment in anchors(goal)
+
+
+def test_every_result_is_found_from_another_page():
+    """Pages and pictures of results: a link leads to each, and the guide's index to every page."""
+    leads = {
+        page: {(page.parent / target.partition("#")[0]).resolve() for target in targets(page)}
+        for page in LINKING
+    }
+    everything = {path for kind in ("md", "png", "jpg") for path in RESULTS.glob(f"*.{kind}")}
+    linked = {goal for page, goals in leads.items() for goal in goals if goal != page}
+    assert everything - linked == set()
+    reached, waiting = set(), [ROOT / "docs" / "index.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached:
+            reached.add(page)
+            waiting += [goal for goal in leads.get(page, ()) if goal.suffix == ".md"]
+    assert {path for path in everything if path.suffix == ".md"} <= reached
 
 
 @pytest.mark.parametrize(
