@@ -5,6 +5,7 @@ import typer
 from pyeff.cli._train_erfnet import train_erfnet
 from pyeff.cli.demo import demo
 from pyeff.cli.eval import evaluate
+from pyeff.cli.export import export
 from pyeff.cli.info import info
 from pyeff.cli.predict import predict
 from pyeff.cli.train import train
@@ -27,6 +28,7 @@ def main() -> None:
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(export)
 train.command("erfnet")(train_erfnet)
 app.add_typer(train)
 app.add_typer(predict)

@@ -9,9 +9,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyeff.measure.memory import peak_activation_bytes
-from pyeff.nn import ConvNorm2d, Downsampler, ExpandedConv2d, ExpandedLinear, FactorizedConv2d
+from pyeff.nn import (
+    ConvNorm2d,
+    Downsampler,
+    ExpandedConv2d,
+    ExpandedLinear,
+    FactorizedConv2d,
+    Reparam,
+)
 
-_WHOLE = (ConvNorm2d, Downsampler, ExpandedConv2d, ExpandedLinear, FactorizedConv2d)
+_WHOLE = (
+    *(ConvNorm2d, Downsampler, FactorizedConv2d),
+    *(ExpandedConv2d, ExpandedLinear, Reparam),
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,8 @@ def _cost(name: str, layer: nn.Module, positions: int) -> LayerCost:
 
 
 def _weights_of(layer: nn.Module) -> int:
-    """Of a chain those of the layer that it runs as."""
-    if isinstance(layer, ExpandedConv2d):
+    """Of an expanded layer those of the plain one that it runs as."""
+    if isinstance(layer, ExpandedConv2d | Reparam):
         height, width = layer.kernel_size
         return layer.out_channels * layer.in_channels // layer.groups * height * width
     if isinstance(layer, ExpandedLinear):

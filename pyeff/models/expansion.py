@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyeff.measure import LevelCost, measure_cost
 from pyeff.models.described import replace_layer
-from pyeff.nn import ExpandedConv2d, ExpandedLinear
+from pyeff.nn import ExpandedConv2d, ExpandedLinear, Reparam
 
 _ACTIVATIONS = (None, "relu")
 _FORMS = ("auto", "expanded", "contracted")
@@ -162,7 +162,7 @@ class ExpandableNet(nn.Module):
 
 
 def as_it_runs(model: nn.Module) -> nn.Module:
-    """A copy of a network with every linear chain contracted; those with activations stay.
+    """A copy of a network with every expanded layer contracted; chains with activations stay.
 
     Args:
         model: any network; not changed.
@@ -170,6 +170,6 @@ def as_it_runs(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for name, layer in list(copied.named_modules()):
         chain = isinstance(layer, ExpandedConv2d | ExpandedLinear)
-        if chain and name and layer.activation is None:
+        if isinstance(layer, Reparam) or (chain and layer.activation is None):
             replace_layer(copied, name, layer.contract())
     return copied
