@@ -38,17 +38,18 @@ def start_cl(op: str, weight: Tensor, members: Sequence[Kernel], noise: float) -
     groups = members[0].groups
     exact = weight.double().unflatten(0, (groups, -1))  # [g, O, I, kh, kw]
     widths = [member.shape[0] // groups for member in members[:2]]
-    eps = torch.finfo(weight.dtype).eps
-    by_input, by_output = exact.movedim(2, 1).flatten(2), exact.flatten(2)
-    bases = [_basis(matrix, eps) for matrix in (by_input, by_output)]
-    needed = tuple(basis.shape[2] * groups for basis in bases)
-    if any(w * groups < n for w, n in zip(widths, needed, strict=True)):
+    unfolded = exact.movedim(2, 1).flatten(2), exact.flatten(2)
+    # Whatever the dtype: the numbers of halves are exact, not known to their last digit only.
+    eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    outer = [_outer(matrix, width, eps) for matrix, width in zip(unfolded, widths, strict=True)]
+    needed = tuple(rank * groups for _, rank in outer)
+    given = tuple(width * groups for width in widths)
+    if any(width < rank for width, rank in zip(given, needed, strict=True)):
         raise ValueError(
-            f"{op}: widths must be at least {needed}, the ranks of the weight, for an expanded "
-            f"layer that computes the same, got {tuple(w * groups for w in widths)}"
+            f"{op}: widths must be at least {needed} for an expanded layer that computes the "
+            f"same as this weight, got {given}"
         )
-    first = _isometry(bases[0], widths[0])  # [g, P, I]
-    last = _isometry(bases[1], widths[1]).mT  # [g, O, Q]
+    first, last = outer[0][0], outer[1][0].mT  # [g, P, I], [g, O, Q]
     middle = _between(exact, last.mT, first.mT)
     usual = members[1].weight.unflatten(0, (groups, -1))
     extra = noise * usual
@@ -76,20 +77,21 @@ def _between(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("gao,goiyx,gib->gabyx", left, weight, right)
 
 
-def _basis(matrix: Tensor, eps: float) -> Tensor:
-    """Orthonormal columns ``[g, I, rank]`` that span those of all groups' matrices."""
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    largest = values.amax(-1, keepdim=True)
-    rank = int((values > max(matrix.shape[1:]) * eps * largest).sum(-1).max())
-    return left[:, :, : max(rank, 1)]
+def _outer(matrix: Tensor, width: int, eps: float) -> tuple[Tensor, int]:
+    """A random ``[g, width, I]`` whose transpose undoes it on the columns of ``[g, I, any]``.
 
-
-def _isometry(basis: Tensor, width: int) -> Tensor:
-    """A random ``[g, width, I]`` whose transpose undoes it on what the basis spans."""
-    groups, channels, rank = basis.shape
+    Returns:
+        It, and a width that suffices: the rank of the columns where the given one is below I.
+    """
+    groups, channels = matrix.shape[:2]
+    drawn = matrix.new_empty(groups, width, channels).normal_()
     if width >= channels:
-        return torch.linalg.qr(basis.new_empty(groups, width, channels).normal_()).Q
-    return torch.linalg.qr(basis.new_empty(groups, width, rank).normal_()).Q @ basis.mT
+        return torch.linalg.qr(drawn).Q, channels
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    threshold = max(matrix.shape[1:]) * eps * values.amax(-1, keepdim=True)
+    rank = max(1, int((values > threshold).sum(-1).max()))
+    basis = left[:, :, : min(rank, width)]
+    return torch.linalg.qr(drawn[:, :, : basis.shape[2]]).Q @ basis.mT, rank
 
 
 class _Features(NamedTuple):
