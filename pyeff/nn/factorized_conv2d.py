@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
+from pyeff.nn.folding import (
+    FoldsNorms,
+    are_layers_apart,
+    is_affine,
+    norm_affine,
+    norm_tensors,
+)
+from pyeff.nn.split_members import Members, finished, split_members
 from pyeff.ops.factorized_conv2d import factorized_conv2d
 from pyeff.reference.factorized_conv2d import activation
 
@@ -18,14 +25,18 @@ _OP = "FactorizedConv2d"
 
 
 class _Folded(NamedTuple):
-    """Weight and bias of the first member with its norm, if any; what follows the second."""
+    """Weights and biases with a norm in them: of the first member, of the last convolution.
 
-    first: tuple[Tensor, Tensor] | None
-    scale: Tensor | None
-    shift: Tensor | None
+    The fused call takes the outer norm as a scale and a shift instead.
+    """
+
+    first: tuple[Tensor, Tensor] | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None
 
 
-_PLAIN = _Folded(None, None, None)
+_PLAIN = _Folded()
 
 
 class FactorizedConv2d(FoldsNorms[_Folded]):
@@ -34,6 +45,8 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
     The members are ordinary ``nn.Conv2d``, :attr:`first` and :attr:`second`, so their weights can
     be pruned, factored and saved as such; they run as one call that never stores the map between
     them. In eval mode batch norms, a residual and the activation after it are part of that call.
+    Where :func:`pyeff.compress.factorize` split the second member, the call ends before its 1 x 1
+    convolution; a first member that is split runs as two convolutions. Norms are folded then too.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -206,14 +219,15 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
             ``[N, F, H', W']``, channels_last.
         """
         check_activation(_OP, "outer", outer)
-        if isinstance(x, Proxy) or not self.is_whole:
+        members = None if isinstance(x, Proxy) else self._members()
+        if members is None:
             y = self._by_members(x)
         elif self.norm is None:
-            return self._run(x, _PLAIN, residual, outer)
+            return self._run(members, x, _PLAIN, residual, outer)
         elif is_affine(self.norm_inner) and is_affine(self.norm_outer):
-            return self._run(x, self._folded_for(x, residual), residual, outer)
+            return self._run(members, x, self._folded_for(x, residual), residual, outer)
         elif self.norm_inner is None:
-            y = self._run(x, _PLAIN, None, None)
+            y = self._run(members, x, _PLAIN, None, None)
         else:
             y = self._by_members(x)
         if self.norm_outer is not None:
@@ -227,48 +241,96 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
             y = self.norm_inner(y)
         return self.second(activation(y, self.inner))
 
+    def _members(self) -> Members | None:
+        """The convolutions to run; ``None`` where the layers have to be called."""
+        if self.is_whole:
+            return Members((self.first,), (self.second,))
+        return None if are_layers_apart() else split_members(self.first, self.second)
+
     def _run(
-        self, x: Tensor, folded: _Folded, residual: Tensor | None, outer: str | None
+        self,
+        members: Members,
+        x: Tensor,
+        folded: _Folded,
+        residual: Tensor | None,
+        outer: str | None,
     ) -> Tensor:
-        weight, bias = folded.first or (self.first.weight, self.first.bias)
+        (*before, first), (second, *after) = members
+        weight, bias = folded.first or (first.weight, first.bias)
+        if not before:
+            ends = {"residual": residual, "outer": outer} if not after else {}
+            y = self._run_fused(x, weight, bias, second, folded.scale, folded.shift, **ends)
+            if not after:
+                return y
+        else:
+            y = before[0](x.contiguous(memory_format=torch.channels_last))
+            y = finished(first._conv_forward(y, weight, bias), None, self.inner)
+            y = second(y) if after else y
+        last = members.second[-1]
+        weight, bias = folded.last or (last.weight, last.bias)
+        return finished(last._conv_forward(y, weight, bias), residual, outer)
+
+    def _run_fused(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        second: nn.Conv2d,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        **ends: Any,
+    ) -> Tensor:
         return factorized_conv2d(
             x,
             weight,
             bias,
-            self.second.weight,
-            self.second.bias,
+            second.weight,
+            second.bias,
             stride=self.stride[0],
             padding=self.padding[0],
             dilation=self.dilation[0],
             inner=self.inner,
-            scale=folded.scale,
-            shift=folded.shift,
-            residual=residual,
-            outer=outer,
+            scale=scale,
+            shift=shift,
+            **ends,
         )
 
     def _folded_tensors(self) -> list[Tensor]:
         tensors = norm_tensors(self.norm_outer)
         if self.norm_inner is not None:
             tensors += [*self.first.parameters(), *norm_tensors(self.norm_inner)]
+        if self.norm_outer is not None and not self.is_whole:
+            tensors += self.second.parameters()
         return tensors
 
     def _fold(self) -> _Folded:
-        """The norms as numbers of the one call. Both are in eval mode."""
-        first = scale = shift = None
+        """The norms as numbers of the calls. Both are in eval mode."""
+        members = self._members()
+        if members is None:
+            raise RuntimeError(f"{_OP}: members must be convolutions to be folded, got others")
+        first = last = scale = shift = None
         if self.norm_inner is not None:
-            weight, bias = self.first.weight, self.first.bias
-            gain, offset = norm_affine(self.norm_inner)
-            if bias is not None:
-                offset = offset + gain * bias
-            first = ((weight * gain[:, None, None, None]).to(weight.dtype), offset.to(weight.dtype))
+            first = _with_norm(members.first[-1], self.norm_inner)
         if self.norm_outer is not None:
-            scale, shift = (t.to(self.second.weight.dtype) for t in norm_affine(self.norm_outer))
-        return _Folded(first, scale, shift)
+            if self.is_whole:
+                dtype = self.second.weight.dtype
+                scale, shift = (t.to(dtype) for t in norm_affine(self.norm_outer))
+            else:
+                last = _with_norm(members.second[-1], self.norm_outer)
+        return _Folded(first, scale, shift, last)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"{self.order}, rank={self.rank}, inner={self.inner}, norm={self.norm}"
+
+
+def _with_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the norm after it."""
+    weight, bias = conv.weight, conv.bias
+    gain, offset = norm_affine(norm)
+    if bias is not None:
+        offset = offset + gain * bias
+    return (weight * gain[:, None, None, None]).to(weight.dtype), offset.to(weight.dtype)
 
 
 def _norm(wanted: bool, channels: int, eps: float, made: dict[str, Any]) -> nn.BatchNorm2d | None:

@@ -30,6 +30,11 @@ def layers_apart() -> Iterator[None]:
         _apart = before
 
 
+def are_layers_apart() -> bool:
+    """Whether this is within :func:`layers_apart`."""
+    return _apart
+
+
 def is_affine(norm: nn.BatchNorm2d | None) -> bool:
     """Whether the norm uses its running statistics, so that it can be folded; True for none."""
     return norm is None or (not norm.training and norm.running_mean is not None)
