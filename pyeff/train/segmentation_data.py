@@ -173,18 +173,23 @@ def read_picture(path: Path, what: str = "segmentation", *, upright: bool = Fals
         upright: turn it as the camera says that it shall be seen. Labels know nothing of that.
 
     Raises:
-        ValueError: the file is no picture; names it.
+        ValueError: the file is no picture, or a grey one of more than 8 bits; names it.
         ImportError: pillow is missing.
     """
     pillow = require("PIL.Image", "train", _PURPOSE)
     operations = require("PIL.ImageOps", "train", _PURPOSE)
     try:
         with pillow.open(path) as file:
+            mode = file.mode
             shown = operations.exif_transpose(file) if upright else file
-            return np.asarray(shown.convert("RGB"))
+            values = np.asarray(shown.convert("RGB"))
     except Exception as error:
         # Decoders raise whatever they meet.
         raise ValueError(f"{what}: {path} must be a picture, got {error}") from error
+    # The conversion cuts off what is above 255.
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"{what}: {path} must have 8 bits a channel, got mode {mode}")
+    return values
 
 
 def resized(values: np.ndarray, size: tuple[int, int], *, label: bool = False) -> np.ndarray:

@@ -52,7 +52,8 @@ class _Counter:
         self._metric = classification.MulticlassConfusionMatrix(
             classes, ignore_index=IGNORE, validate_args=False
         ).to(device)
-        self.sizes: set[tuple[int, int]] = set()
+        # Labels, and the sums of their heights, of the squares of these, of widths and of squares.
+        self._sides = torch.zeros(5, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Counts logits ``[N, classes, h, w]``, scaled to the size of labels ``[N, H, W]``."""
@@ -60,12 +61,22 @@ class _Counter:
         if logits.shape[2:] != size:
             logits = functional.interpolate(logits, size, mode="bilinear", align_corners=False)
         self._metric.update(logits.argmax(1), labels.long())
-        self.sizes.add(size)
+        height, width = size
+        sums = [1, height, height * height, width, width * width]
+        self._sides += len(labels) * torch.tensor(sums, device=self._sides.device)
 
     def confusion(self) -> Tensor:
         """Pixels by label (rows) and prediction (columns), over all processes, float64."""
         counts: Tensor = self._metric.compute()
         return counts.double()
+
+    def size(self, processes: Processes | None) -> tuple[int, int] | None:
+        """Of all labels over all processes; ``None`` where they differ, or there are none."""
+        sides = self._sides if processes is None else processes.sum(self._sides)
+        count, height, heights, width, widths = sides.tolist()
+        # The mean of squares is the square of the mean only where all are alike.
+        alike = count * heights == height * height and count * widths == width * width
+        return (height // count, width // count) if count and alike else None
 
 
 def evaluate_segmentation(
@@ -100,7 +111,7 @@ def evaluate_segmentation(
     """
     chosen, like = data.split(split), next(model.parameters())
     rank, ranks = (processes.rank, processes.ranks) if processes else (0, 1)
-    counters = {size: _Counter(data.classes, like.device) for size in EVAL_SIZES[: 1 + official]}
+    counters = {name: _Counter(data.classes, like.device) for name in EVAL_SIZES[: 1 + official]}
     mine = list(range(rank, len(chosen), ranks))
     with evaluating(model):
         for begin in range(0, len(mine), batch_size):
@@ -115,8 +126,8 @@ def evaluate_segmentation(
                     label = chosen.own_label(index).to(like.device)
                     counters["official"].add(logits[row : row + 1], label.unsqueeze(0))
         return [
-            score_of(counter.confusion(), data, split, size, counter.sizes, len(chosen))
-            for size, counter in counters.items()
+            score_of(counter.confusion(), data, split, name, counter.size(processes), len(chosen))
+            for name, counter in counters.items()
         ]
 
 
@@ -125,7 +136,7 @@ def score_of(
     data: SegmentationData,
     split: str,
     eval_size: str,
-    sizes: set[tuple[int, int]],
+    size: tuple[int, int] | None,
     images: int,
 ) -> SegmentationScore:
     """The score of counted pixels.
@@ -134,8 +145,8 @@ def score_of(
         confusion: pixels by label (rows) and prediction (columns), ``[classes, classes]``.
         data: whose classes they are.
         split: what was run.
-        eval_size: at which size.
-        sizes: of the labels.
+        eval_size: at which size, by name.
+        size: of the labels, if it is one.
         images: how many there were.
     """
     right = confusion.diagonal()
@@ -146,7 +157,7 @@ def score_of(
     return SegmentationScore(
         split=split,
         eval_size=eval_size,
-        size=next(iter(sizes)) if len(sizes) == 1 else None,
+        size=size,
         images=images,
         miou=float(iou.mean()) if len(iou) else 0.0,
         pixel_accuracy=float(right.sum() / confusion.sum().clamp_min(1)),

@@ -3,10 +3,9 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,13 @@ from pyeff.train.progress_bar import Bar, progress_bar
 from pyeff.train.segmentation_augment import to_input
 from pyeff.train.segmentation_data import SUFFIXES, Colour, read_picture, resized
 from pyeff.train.segmentation_overlay import label_png, overlay, png
-
-VIDEO_SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-_RATE = 25.0
+from pyeff.train.segmentation_video import (
+    VIDEO_SUFFIXES,
+    is_video,
+    open_video,
+    require_imageio,
+    write_video,
+)
 
 
 class Segmenter:
@@ -215,15 +218,32 @@ def predict_files(
     if not 0 <= opacity <= 1:
         raise ValueError(f"predict: opacity must be in [0, 1], got {opacity}")
     files, folder = gather(sources, out), Path(out)
-    if any(file.suffix.lower() in VIDEO_SUFFIXES for file, _ in files):
-        _imageio()  # what is missing shall be said before anything is written
+    if any(map(is_video, (file for file, _ in files))):
+        require_imageio()  # what is missing shall be said before anything is written
+    _check_targets(files, folder)
     with progress_bar(len(files), 0, shown) as bar:
         return [
-            (_video if file.suffix.lower() in VIDEO_SUFFIXES else _picture)(
-                segmenter, file, folder / name, opacity, bar
-            )
+            (_video if is_video(file) else _picture)(segmenter, file, folder / name, opacity, bar)
             for file, name in files
         ]
+
+
+def _targets(file: Path, name: Path) -> tuple[Path, Path]:
+    """Where the overlay and the labels of a file go."""
+    ends = ("_overlay.mp4", "_labels") if is_video(file) else ("_overlay.png", "_labels.png")
+    return Path(f"{name}{ends[0]}"), Path(f"{name}{ends[1]}")
+
+
+def _check_targets(files: Sequence[tuple[Path, Path]], folder: Path) -> None:
+    """Refuses to write over a file that is to be read."""
+    read = {file.resolve() for file, _ in files}
+    for file, name in files:
+        for target in _targets(file, folder / name):
+            if target.resolve() in read:
+                raise ValueError(
+                    f"predict: out must not hold what is to be read, got {target}, which the "
+                    f"result of {file} would replace"
+                )
 
 
 class _Tally:
@@ -254,7 +274,7 @@ class _Tally:
 def _picture(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Bar) -> Prediction:
     tally, image = _Tally(segmenter), read_picture(file, "predict", upright=True)
     labels = tally.label(image)
-    over, label = Path(f"{name}_overlay.png"), Path(f"{name}_labels.png")
+    over, label = _targets(file, name)
     write_bytes_atomically(over, png(overlay(image, labels, segmenter.palette, opacity)))
     write_bytes_atomically(label, label_png(labels, segmenter.palette))
     bar.advance(file.name)
@@ -262,66 +282,39 @@ def _picture(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: 
 
 
 def _video(segmenter: Segmenter, file: Path, name: Path, opacity: float, bar: Bar) -> Prediction:
-    tally, frames = _Tally(segmenter), Path(f"{name}_labels")
-    over = Path(f"{name}_overlay.mp4")
-    frames.mkdir(parents=True, exist_ok=True)
+    tally, (over, folder) = _Tally(segmenter), _targets(file, name)
+    name.parent.mkdir(parents=True, exist_ok=True)
+    rate, pictures, close = open_video(file)
+    # All or nothing, in a folder of its own: a temporary file of tempfile's would stay private.
+    with tempfile.TemporaryDirectory(dir=name.parent, prefix=".") as work:
+        labels, video = Path(work) / "labels", Path(work) / over.name
+        labels.mkdir()
 
-    def painted() -> Iterator[np.ndarray]:
-        for image in pictures:
-            labels = tally.label(image)
-            path = frames / f"{tally.frames - 1:06d}.png"
-            write_bytes_atomically(path, label_png(labels, segmenter.palette))
-            bar.tell(f"{file.name} frame {tally.frames}")
-            yield overlay(image, labels, segmenter.palette, opacity)
+        def painted() -> Iterator[np.ndarray]:
+            for image in pictures:
+                found = tally.label(image)
+                content = label_png(found, segmenter.palette)
+                (labels / f"{tally.frames - 1:06d}.png").write_bytes(content)
+                bar.tell(f"{file.name} frame {tally.frames}")
+                yield overlay(image, found, segmenter.palette, opacity)
 
-    rate, pictures, close = _opened(file)
-    try:
-        _write_video(over, painted(), rate)
-    finally:
-        close()
-    bar.advance(file.name)
-    return tally.prediction(file, over, frames)
-
-
-def _imageio() -> ModuleType:
-    try:
-        import imageio.v2 as imageio
-    except ModuleNotFoundError as error:
-        # Not one of pyeff's extras: it brings a whole ffmpeg with it.
-        raise ImportError(
-            "imageio is needed to read videos: pip install imageio[ffmpeg]", name="imageio"
-        ) from error
-    module: ModuleType = imageio
-    return module
-
-
-def _opened(file: Path) -> tuple[float, Iterator[np.ndarray], Callable[[], None]]:
-    """A video's frames a second, its frames as RGB, and what closes it."""
-    try:
-        reader = _imageio().get_reader(file)
-        rate = float(reader.get_meta_data().get("fps") or _RATE)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"predict: {file} must be a video, got {error}") from error
-    # An animated picture may have an alpha channel; grey ones have no third dimension.
-    return rate, (_rgb(np.asarray(frame)) for frame in reader), reader.close
-
-
-def _rgb(frame: np.ndarray) -> np.ndarray:
-    if frame.ndim == 2:
-        frame = np.repeat(frame[..., None], 3, axis=2)
-    return np.ascontiguousarray(frame[..., :3])
-
-
-def _write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> None:
-    """Writes a video, whole or not at all."""
-    # In a folder of its own: a temporary file of tempfile's would stay private.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        temporary = Path(folder) / path.name
-        # Sides need only be even: by default they would be scaled to multiples of 16.
-        writer = _imageio().get_writer(temporary, fps=rate, macro_block_size=2)
         try:
-            for frame in frames:
-                writer.append_data(frame)
+            write_video(video, painted(), rate)
         finally:
-            writer.close()
-        os.replace(temporary, path)
+            close()
+        if tally.frames == 0:
+            raise ValueError(f"predict: {file} must hold frames, got none")
+        _replace_frames(labels, folder)
+        os.replace(video, over)
+    bar.advance(file.name)
+    return tally.prediction(file, over, folder)
+
+
+def _replace_frames(written: Path, folder: Path) -> None:
+    """Moves numbered pictures into a folder; those of a longer video before do not stay."""
+    folder.mkdir(exist_ok=True)
+    frames = sorted(written.iterdir())
+    for stale in folder.glob("[0-9]" * 6 + ".png"):
+        stale.unlink()
+    for frame in frames:
+        os.replace(frame, folder / frame.name)

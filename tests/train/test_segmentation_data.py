@@ -6,7 +6,7 @@ from train.segmentation_tiny import camvid_tree, folder_tree, random_pair, write
 
 from pyeff.train.camvid import read_camvid
 from pyeff.train.cityscapes import read_cityscapes
-from pyeff.train.segmentation_data import IGNORE, Reading
+from pyeff.train.segmentation_data import IGNORE, Reading, read_picture
 from pyeff.train.segmentation_folder import read_classes, read_segmentation_folder
 
 
@@ -136,6 +136,13 @@ def test_damaged_camvid(tmp_path, damage, error):
     damage(camvid_tree(tmp_path))
     with pytest.raises(ValueError, match=error):
         read_camvid(tmp_path, Reading((12, 16)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32], ids=str)
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((4, 5), 300, dtype=dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif must have 8 bits a channel, got mode [IF]"):
+        read_picture(tmp_path / "a.tif")
 
 
 def test_missing_data(tmp_path):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from pyeff.train.processes import Processes
 from pyeff.train.segmentation_data import IGNORE, SegmentationData, SegmentationSplit
 from pyeff.train.segmentation_metrics import evaluate_segmentation
 
@@ -82,6 +83,34 @@ def test_own_sizes_may_differ():
     _, official = evaluate_segmentation(Reads(), data_of(labels, labels, own), "val", official=True)
     assert official.size is None
     assert official.pixel_accuracy == 1.0
+
+
+class First(Processes):
+    """The first of two processes, which keeps what it contributes to sums."""
+
+    given: list = []  # noqa: RUF012
+
+    def sum(self, values):
+        self.given.append(values.clone())
+        return values
+
+
+class Second(First):
+    """The other one, in the same sums."""
+
+    def sum(self, values):
+        return values + self.given.pop(0)
+
+
+def test_the_size_is_that_of_all_processes():
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    data = data_of(labels, labels, [torch.zeros(8, 8), torch.zeros(6, 10)])
+    for kind, size in ((First, (8, 8)), (Second, None)):
+        who = kind(int(kind is Second), 2, torch.device("cpu"))
+        training, official = evaluate_segmentation(
+            Reads(), data, "val", official=True, processes=who
+        )
+        assert (training.size, official.size) == ((4, 4), size)
 
 
 def test_smaller_logits_are_scaled_up():
