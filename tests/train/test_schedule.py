@@ -17,6 +17,13 @@ def test_multistep_falls_at_half_and_three_quarters():
     assert got[75:] == pytest.approx([0.02] * 25)
 
 
+def test_thirds_fall_at_a_third_and_at_two():
+    got = rates("thirds", steps=150)
+    assert got[:50] == [2.0] * 50
+    assert got[50:100] == pytest.approx([0.2] * 50)
+    assert got[100:] == pytest.approx([0.02] * 50)
+
+
 def test_onecycle_rises_a_quarter_and_falls_in_a_straight_line():
     got = rates("onecycle")
     assert got.index(max(got)) in (24, 25)
