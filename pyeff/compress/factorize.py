@@ -18,10 +18,10 @@ from pyeff.compress.factor_forms import (
     pair_of,
 )
 from pyeff.compress.factorize_report import FactorizeReport, LayerFactors
+from pyeff.compress.factorize_time import Candidate, keep_faster
 from pyeff.compress.layer_calls import Example, layer_inputs, output_of, relative_difference
 from pyeff.compress.rank_rules import RankRule
 from pyeff.compress.saved import carry_description
-from pyeff.measure import measure_latency
 from pyeff.measure.cost import layer_costs
 from pyeff.models.described import replace_layer
 
@@ -66,8 +66,8 @@ def factorize(
             is r x C x k, then F x r); ``"spatial"``: for k x k kernels a k x 1, then a 1 x k;
             ``"auto"``: of the two the one with fewer multiply-adds.
         only_if: put a pair in a layer's place only if it has fewer multiply-adds (``"macs"``;
-            without an example: fewer weights), takes less measured time (``"time"``), ``"both"``,
-            or ``"always"``.
+            without an example: fewer weights), takes less measured time (``"time"``; members of
+            layers that run as one call are measured within these), ``"both"``, or ``"always"``.
         example: the input of a forward pass, a tensor or several; needed to measure time, and to
             find layers whose weights their parents read themselves.
         layers: names of the only layers to look at.
@@ -124,8 +124,8 @@ def factorize_with_report(
     if example is not None:
         shapes = layer_inputs(model, example, list(named))
     aliases, shared = _aliases(model), _shared_weights(named)
-    pairs: dict[str, nn.Module] = {}
-    results = []
+    candidates: dict[str, Candidate] = {}
+    results: dict[str, LayerFactors] = {}
     for name, layer in named.items():
         about = LayerFactors(
             name,
@@ -138,30 +138,31 @@ def factorize_with_report(
         if layers is not None and name not in layers:
             reason = "not among the layers that were asked for"
         if reason is not None:
-            results.append(replace(about, left=reason))
+            results[name] = replace(about, left=reason)
             continue
-        plan = _Plan(name, cast(Factored, layer), called, only_if, example)
-        result, pair = plan.run(about, rule, form)
-        results.append(result)
+        plan = _Plan(name, cast(Factored, layer), called, only_if)
+        results[name], pair = plan.run(about, rule, form)
         if pair is not None:
-            pairs[name] = pair
+            candidates[name] = Candidate(layer, pair, called or ())
+    if only_if in ("time", "both") and example is not None:
+        results |= keep_faster(model, example, candidates, results)
+    pairs = {name: found.pair for name, found in candidates.items() if results[name].factored}
     small = _rebuilt(model, pairs, aliases)
     carry_description(small, model)
     difference = None
     if example is not None:
         difference = relative_difference(output_of(small, example), output_of(model, example))
-    return small, FactorizeReport(str(rule), only_if, tuple(results), difference)
+    return small, FactorizeReport(str(rule), only_if, tuple(results.values()), difference)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One layer that can be factored: where it runs and under which condition it is replaced."""
+    """One layer that can be factored: where it runs and whether fewer multiply-adds are asked."""
 
     name: str
     layer: Factored
     shapes: _Shapes | None
     only_if: str
-    example: Example | None
 
     def run(
         self, about: LayerFactors, rule: RankRule, form: str
@@ -178,9 +179,6 @@ class _Plan:
             pair = pair_of(self.layer, cut, rank)
             tried.append((self._about(about, cut, rank, pair), pair))
         result, pair = min(tried, key=lambda t: _cost_after(t[0]))
-        if self.only_if in ("time", "both"):
-            before, after = self._times(pair)
-            result = replace(result, seconds=before, seconds_after=after)
         left = self._too_dear(result)
         return replace(result, left=left), None if left else pair
 
@@ -200,29 +198,13 @@ class _Plan:
         )
 
     def _too_dear(self, result: LayerFactors) -> str | None:
-        """Why the pair is not worth it, by the condition that was asked for."""
+        """Why the pair is not worth it by its multiply-adds, where these count."""
         if self.only_if in ("macs", "both"):
             before, after = _cost_before(result), _cost_after(result)
             if after >= before:
                 counted = "weights" if result.macs is None else "multiply-adds"
                 return f"the pair would have {after:,} {counted}, the layer has {before:,}"
-        if result.seconds is not None and result.seconds_after is not None:
-            before_s, after_s = result.seconds, result.seconds_after
-            if after_s >= before_s:
-                return f"the pair took {1e3 * after_s:.3f} ms, the layer {1e3 * before_s:.3f} ms"
         return None
-
-    def _times(self, pair: nn.Module) -> tuple[float, float]:
-        """Measured seconds of the layer and of the pair, over all their calls."""
-        weight, before, after = self.layer.weight, 0.0, 0.0
-        layers = [copy.deepcopy(self.layer).eval(), copy.deepcopy(pair).eval()]
-        for shape in self.shapes or []:
-            x = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-            if x.dim() == 4:
-                x = x.to(memory_format=torch.channels_last)
-            one, two = measure_latency(layers, x)
-            before, after = before + one, after + two
-        return before, after
 
 
 def _cost_before(layer: LayerFactors) -> int:

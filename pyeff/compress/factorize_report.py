@@ -22,8 +22,9 @@ class LayerFactors:
         params_after: of the pair, kept or not.
         macs: multiply-adds of one image before; ``None`` without an example.
         macs_after: of the pair.
-        seconds: measured time of the layer alone; ``None`` where time was not asked for.
-        seconds_after: of the pair.
+        seconds: measured time of the layer alone, or of the one that runs it in a call of its own;
+            ``None`` where time was not asked for, or multiply-adds decided before.
+        seconds_after: with the pair.
         left: why the layer stays as it is; ``None`` where the pair is in its place.
     """
 

@@ -11,8 +11,7 @@ from pyeff.compress import RankRule, factorize, factorize_with_report
 from pyeff.measure.cost import measure_cost
 from pyeff.nn import ConvNorm2d, Downsampler, FactorizedConv2d
 
-# The package has the function under the same name.
-MODULE = importlib.import_module("pyeff.compress.factorize")
+TIMING = importlib.import_module("pyeff.compress.factorize_time")
 
 
 def randomised(model, seed=0):
@@ -183,16 +182,48 @@ def test_measured_time_decides_where_it_is_asked_for(monkeypatch):
     layer = nn.Linear(64, 64)
     example = torch.randn(8, 64)
     for times, factored in (([2.0, 1.0], True), ([1.0, 2.0], False)):
-        monkeypatch.setattr(MODULE, "measure_latency", lambda layers, x, t=times: t)
+        monkeypatch.setattr(TIMING, "measure_latency", lambda layers, x, t=times: t)
         _, report = factorize_with_report(layer, RankRule(rank=4), only_if="both", example=example)
         line = report.layers[0]
         assert (line.seconds, line.seconds_after) == tuple(times)
         assert line.factored is factored
     assert "the pair took 2000.000 ms, the layer 1000.000 ms" in line.left
     # By time alone, a pair of more multiply-adds may stand.
-    monkeypatch.setattr(MODULE, "measure_latency", lambda layers, x: [2.0, 1.0])
+    monkeypatch.setattr(TIMING, "measure_latency", lambda layers, x: [2.0, 1.0])
     _, report = factorize_with_report(layer, RankRule(rank=60), only_if="time", example=example)
     assert report.layers[0].factored
+
+
+@pytest.mark.parametrize(
+    ("times", "factored"),
+    [
+        # Of the pair as it is; with the first member factored, the second, both.
+        ([1.0, 2.0, 3.0, 4.0], set()),
+        ([4.0, 2.0, 5.0, 3.0], {"0.first"}),
+        ([4.0, 5.0, 5.0, 3.0], {"0.first", "0.second"}),
+    ],
+)
+def test_members_are_measured_in_the_call_that_runs_them(monkeypatch, times, factored):
+    layer = nn.Sequential(FactorizedConv2d(8, 12, 3, padding=1, norm="both")).eval()
+    seen = []
+
+    def measure(layers, x):
+        seen.append([layer.is_whole for layer in layers])
+        assert x.shape == (2, 8, 6, 5)
+        return times
+
+    monkeypatch.setattr(TIMING, "measure_latency", measure)
+    _, report = factorize_with_report(
+        layer, RankRule(rank=2), only_if="both", example=torch.randn(2, 8, 6, 5)
+    )
+    assert seen == [[True, False, False, False]]
+    assert set(report.factored) == factored
+    for line in report.layers:
+        if line.factored:
+            assert (line.seconds, line.seconds_after) == (times[0], min(times))
+        else:
+            assert "0 took " in line.left
+            assert line.seconds == min(times) < line.seconds_after
 
 
 def test_time_is_really_measured():
