@@ -290,12 +290,16 @@ def _line_grad_input(
     (N, C, H, W), K, taps = shape, weight.shape[0], weight.shape[2] * weight.shape[3]
     s, p, d = window
     class_h, class_w = (blocks(H, s), W) if vertical else (H, blocks(W, s))
+    # A stride beyond the map leaves classes without a pixel.
+    classes = min(s, H if vertical else W)
     pixels, common = N * class_h * class_w, gcd(s, d)
-    tile = tile or choose("gemm", arithmetic(grad.dtype, precision), grad.device, pixels, C, s)
+    kind = arithmetic(grad.dtype, precision)
+    tile = tile or choose("gemm", kind, grad.device, pixels, C, classes)
     tile = fit_depth(tile, K)
     weight, weight_strides = _taps_innermost(weight)
+    grid = classes * blocks(pixels, tile.rows) * blocks(C, tile.cols)
     with torch.cuda.device_of(grad):
-        factorized_line_grad_input_kernel[(s * blocks(pixels, tile.rows) * blocks(C, tile.cols),)](
+        factorized_line_grad_input_kernel[(grid,)](
             grad, weight, at if name else None, grad_x,
             pixels, class_h * class_w, class_w, *grad.shape[2:], H, W, C, K,
             *grad.stride(), *weight_strides, *_strides(at), s, p, d, s // common, d // common,

@@ -146,6 +146,23 @@ def test_wide_pixel_numbers(monkeypatch):
         check(CASES[name], torch.float32, "cpu", "triton")
 
 
+@pytest.mark.parametrize("vertical_first", [True, False])
+def test_a_stride_beyond_the_map_launches_no_program_without_a_pixel(vertical_first, monkeypatch):
+    """Programs of the gradients of maps: one class of pixels for each line that there is."""
+    kernel, programs = launchers.factorized_line_grad_input_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            programs.append(grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(launchers, "factorized_line_grad_input_kernel", Counted())
+    case = Case(1, 4, 5, 6, (3, 2), stride=2000, vertical_first=vertical_first)
+    check(case, torch.float32, "cpu", "triton")
+    assert len(programs) == 2
+    assert max(programs) <= 3
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "error", "message"),
     [
