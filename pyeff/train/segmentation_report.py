@@ -36,6 +36,7 @@ from pyeff.train.segmentation_config import (
 from pyeff.train.segmentation_data import SegmentationData
 from pyeff.train.segmentation_metrics import SegmentationScore, evaluate_segmentation
 from pyeff.train.segmentation_plots import plot_course, plot_frames
+from pyeff.train.segmentation_state import COURSE_FILE_NAME, FRAMES_FILE_NAME, RESULTS_FILE_NAME
 from pyeff.train.segmentation_trainer import SegmentationResult, SegmentationTrainer
 
 _FRAMES = 6
@@ -210,10 +211,11 @@ def write_segmentation_report(
         "left_fresh": result.left_fresh,
         **report.to_json(),
     }
-    write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
-    plot_course(result.records, out / "course.png")
+    text = json.dumps(document, indent=2) + "\n"
+    write_bytes_atomically(out / RESULTS_FILE_NAME, text.encode())
+    plot_course(result.records, out / COURSE_FILE_NAME)
     frames = predicted_frames(result.model, data, data.held_out, _FRAMES)
-    plot_frames(frames, data.class_names, data.palette, out / "frames.png")
+    plot_frames(frames, data.class_names, data.palette, out / FRAMES_FILE_NAME)
 
 
 def seconds_an_epoch(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from pyeff import models
 from pyeff.checkpoint import (
     FILE_NAME,
-    MODEL_FILE_NAME,
     load,
     load_model_tensors,
     read_archive,
@@ -41,7 +40,9 @@ from pyeff.train.segmentation_loss import (
 from pyeff.train.segmentation_metrics import SegmentationScore, evaluate_segmentation
 from pyeff.train.segmentation_state import (
     BEST_FILE_NAME,
+    FILE_NAMES,
     SegmentationProgress,
+    check_same_data,
     check_same_run,
     read_segmentation_state,
     restore_tensors,
@@ -151,7 +152,7 @@ class SegmentationSession:
         self.history.restart([])
         if self.processes.first:
             # What an overwritten run left would pass for this one's.
-            for name in (MODEL_FILE_NAME, BEST_FILE_NAME):
+            for name in FILE_NAMES:
                 (self.out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:
@@ -164,11 +165,7 @@ class SegmentationSession:
         """
         tensors, meta = read_segmentation_state(self.checkpoint)
         check_same_run(self.checkpoint, meta, self.config)
-        if meta["segmentation"]["class_names"] != list(self.data.class_names):
-            raise ValueError(
-                f"resume: {self.checkpoint} must be of a run with the classes "
-                f"{list(self.data.class_names)}, got {meta['segmentation']['class_names']}"
-            )
+        check_same_data(self.checkpoint, meta, self.data)
         self._go_on_augmenting(meta.get("by_torchvision"))
         self.progress = SegmentationProgress(**meta["progress"])
         if self.progress.stage != self.stage:
@@ -196,6 +193,7 @@ class SegmentationSession:
                 "records": self.history.records,
                 "left_fresh": self.left_fresh,
                 "by_torchvision": self.batches.by_torchvision,
+                "train_pictures": len(self.data.split("train")),
             }
             save_segmentation_state(
                 self.checkpoint, self.model, self.optimizer, self.progress, meta

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.checkpoint import (
+    FILE_NAME,
+    MODEL_FILE_NAME,
     config_differences,
     load_model_tensors,
     model_config,
@@ -17,10 +19,22 @@ from pyeff.checkpoint import (
     write_archive,
 )
 from pyeff.train.segmentation_config import SegmentationConfig, segmentation_config_from_json
+from pyeff.train.segmentation_data import SegmentationData
 from pyeff.train.state import check_finite
 
 KIND = "segmentation training"
 BEST_FILE_NAME = "best.safetensors"
+RESULTS_FILE_NAME = "results.json"
+COURSE_FILE_NAME, FRAMES_FILE_NAME = "course.png", "frames.png"
+# All but the metrics, which are written anew.
+FILE_NAMES = (
+    FILE_NAME,
+    MODEL_FILE_NAME,
+    BEST_FILE_NAME,
+    RESULTS_FILE_NAME,
+    COURSE_FILE_NAME,
+    FRAMES_FILE_NAME,
+)
 _ADAM = "optimizer."
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -141,6 +155,25 @@ def check_same_run(path: Path, meta: Mapping[str, Any], config: SegmentationConf
         raise ValueError(
             f"resume: {path} must be of a run with the same settings, got: "
             + "; ".join(differences)
+        )
+
+
+def check_same_data(path: Path, meta: Mapping[str, Any], data: SegmentationData) -> None:
+    """Refuses to go on with other data: other classes, or another number of steps in an epoch.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if meta["segmentation"]["class_names"] != list(data.class_names):
+        raise ValueError(
+            f"resume: {path} must be of a run with the classes {list(data.class_names)}, got "
+            f"{meta['segmentation']['class_names']}"
+        )
+    # Older checkpoints do not know it.
+    before, here = meta.get("train_pictures"), len(data.split("train"))
+    if before is not None and before != here:
+        raise ValueError(
+            f"resume: {path} must be of a run with {here} training pictures, got {before}"
         )
 
 

@@ -210,6 +210,24 @@ def test_a_start_that_cannot_be_leaves_the_folder_as_it_was(tmp_path, streets):
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
 
 
+def test_a_run_that_is_overwritten_leaves_nothing_that_would_pass_for_the_new_one(
+    tmp_path, streets, monkeypatch
+):
+    config = segmentation_config(tmp_path, stage1_epochs=0, epochs=1)
+    train_and_report_segmentation(config)
+    written = {"checkpoint.safetensors", "model.safetensors", "best.safetensors", "results.json"}
+    assert {p.name for p in tmp_path.iterdir()} >= {*written, "course.png", "frames.png"}
+
+    def stop(session):
+        raise OSError("out of power")
+
+    at_step(monkeypatch, 0, stop)
+    with pytest.raises(OSError, match="out of power"):
+        SegmentationTrainer(config, streets).fit(overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 @pytest.mark.parametrize("began", [True, False])
 def test_resuming_augments_as_the_run_began(tmp_path, streets, monkeypatch, began):
     """Whether torchvision has come or gone meanwhile."""
@@ -333,6 +351,19 @@ def test_resuming_another_run_is_refused(tmp_path, streets):
     SegmentationTrainer(config, streets).fit(overwrite=True)
     with pytest.raises(FileNotFoundError, match="must name a checkpoint"):
         SegmentationTrainer(segmentation_config(tmp_path / "none"), streets).fit(resume=True)
+
+
+def test_resuming_with_other_data_is_refused(tmp_path, streets):
+    config = segmentation_config(tmp_path, stage1_epochs=0, epochs=1)
+    SegmentationTrainer(config, streets).fit()
+    renamed = replace(streets, class_names=("heaven", *streets.class_names[1:]))
+    with pytest.raises(ValueError, match=r"must be of a run with the classes \['heaven', .* got"):
+        SegmentationTrainer(config, renamed).fit(resume=True)
+    train = streets.split("train")
+    fewer = replace(train, images=train.images[:5], labels=train.labels[:5], names=train.names[:5])
+    other = replace(streets, splits={**streets.splits, "train": fewer})
+    with pytest.raises(ValueError, match="must be of a run with 5 training pictures, got 6"):
+        SegmentationTrainer(config, other).fit(resume=True)
 
 
 def test_moments_that_do_not_fit_are_refused():
