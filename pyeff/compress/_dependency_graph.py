@@ -48,13 +48,22 @@ def _has_channels(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode with every layer run as a call of its own, and the modes put back after."""
+    """Eval mode with every layer run as a call of its own, and the modes put back after.
+
+    Nothing is done in place either: on a view (an instance norm's result) that would give the layer
+    before it another node in autograd's graph than the one that its hooks saw.
+    """
     modes = {module: module.training for module in model.modules()}
+    in_place: list[Any] = [m for m in modes if getattr(m, "inplace", None) is True]
     model.eval()
+    for module in in_place:
+        module.inplace = False
     try:
         with layers_apart():
             yield
     finally:
+        for module in in_place:
+            module.inplace = True
         for module, training in modes.items():
             module.training = training
 

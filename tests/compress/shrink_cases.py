@@ -118,6 +118,12 @@ NETWORKS = {
     "instance norm": chain(
         conv(3, 8, 3), lambda: nn.InstanceNorm2d(8, affine=True), nn.ReLU, conv(8, 4, 3)
     ),
+    "instance norm, in place": chain(
+        conv(3, 8, 3),
+        lambda: nn.InstanceNorm2d(8, affine=True),
+        lambda: nn.ReLU(inplace=True),
+        conv(8, 4, 3),
+    ),
     "residual": Residual,
     "concat": Concat,
     "gated": Gated,

@@ -193,11 +193,13 @@ def test_channels_of_one_layer_may_be_in_two_groups():
 def test_frozen_layers_and_training_modes_are_left_as_they_are():
     net = Residual().requires_grad_(False).train()
     net.inner.eval()
+    net.beside = nn.ReLU(inplace=True)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     assert len(channel_groups(net, image())) == 2
     assert net.training
     assert net.stem.training
     assert not net.inner.training
+    assert net.beside.inplace
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
