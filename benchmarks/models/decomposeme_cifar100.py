@@ -30,11 +30,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from decomposeme_inference import markdown_times, time_inference
+from finished_runs import check_recipe, results_of
 from timing import machine, markdown_table
 
 from pyeff.checkpoint import write_bytes_atomically
 from pyeff.models import decomposeme
 from pyeff.train import TrainConfig
+from pyeff.train.config import config_from_json
 from pyeff.train.report import train_and_report
 from pyeff.train.trainer import load_config_tasks
 
@@ -142,19 +144,32 @@ def train(plan: Plan, arms: list[str]) -> None:
     for arm in arms:
         for seed in plan.seeds_of(arm):
             folder = plan.folder(arm, seed)
-            if not (folder / "results.json").exists():
+            if results_of(folder) is None:
                 begun = (folder / "checkpoint.safetensors").exists()
                 train_and_report(plan.config(arm, seed), resume=begun)
+            else:
+                finished(plan.config(arm, seed))
+
+
+def finished(config: TrainConfig) -> dict[str, Any]:
+    """What a finished run left.
+
+    Raises:
+        SystemExit: there is none, or it is of another recipe.
+    """
+    folder = Path(config.out)
+    found = results_of(folder)
+    if found is None:
+        raise SystemExit(f"{NAME}: {folder} must hold a finished run, got none")
+    check_recipe(folder, config_from_json(found["config"]).deciding(), config.deciding())
+    return found
 
 
 def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
     """Accuracy and cost of every arm over its seeds."""
     found: dict[str, Any] = {}
     for arm in arms:
-        runs = [
-            json.loads((plan.folder(arm, seed) / "results.json").read_text())
-            for seed in plan.seeds_of(arm)
-        ]
+        runs = [finished(plan.config(arm, seed)) for seed in plan.seeds_of(arm)]
         lines = [run["results"][0] for run in runs]
         found[arm] = {
             "model": plan.model(arm),

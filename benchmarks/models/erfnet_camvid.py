@@ -7,13 +7,14 @@ Trains what is not trained yet (a finished run in --runs is kept, an interrupted
 one recipe for all: the network of pairs and the same network with 3 x 3 convolutions, each from
 scratch and from weights that drawn streets gave. Then writes the numbers and a picture with six
 test frames, and prints the tables. --arms trains a part of the runs only, for several processes;
---time measures inference as well.
+--with-arms says which there are; --time measures inference as well.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,19 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from timing import compare, machine, markdown_table
+from finished_runs import check_recipe, results_of
+from timing import compare, machine, markdown_table, prefer_this_process
 
 import pyeff
 from pyeff.checkpoint import write_bytes_atomically
 from pyeff.train.network import lay_out
-from pyeff.train.segmentation_config import SegmentationConfig, load_segmentation
+from pyeff.train.segmentation_config import (
+    SegmentationConfig,
+    load_segmentation,
+    segmentation_config_from_json,
+)
 from pyeff.train.segmentation_plots import plot_frames
 from pyeff.train.segmentation_report import predicted_frames, train_and_report_segmentation
 
@@ -36,6 +43,8 @@ FORMS = {"pairs": {}, "dense": {"dense": True}}
 ARMS = tuple(f"{form}{start}" for form in FORMS for start in ("", "_after_streets"))
 STREETS = "streets"
 FRAMES = 6
+BATCHES = (1, 4)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAME = "erfnet_camvid"
 
 
@@ -94,9 +103,32 @@ class Plan:
 def finish(config: SegmentationConfig) -> None:
     """Trains a run to its end, if it is not there."""
     folder = Path(config.out)
-    if not (folder / "results.json").exists():
+    if results_of(folder) is None:
         begun = (folder / "checkpoint.safetensors").exists()
         train_and_report_segmentation(config, resume=begun)
+    else:
+        finished(config)
+
+
+def finished(config: SegmentationConfig) -> dict[str, Any]:
+    """What a finished run left.
+
+    Raises:
+        SystemExit: there is none, or it is of another recipe.
+    """
+    folder = Path(config.out)
+    found = results_of(folder)
+    if found is None:
+        raise SystemExit(f"{NAME}: {folder} must hold a finished run, got none")
+    check_recipe(folder, _recipe(segmentation_config_from_json(found["config"])), _recipe(config))
+    return found
+
+
+def _recipe(config: SegmentationConfig) -> dict[str, Any]:
+    """What decides a run's result, wherever its folders are."""
+    deciding = config.deciding()
+    start = deciding["init_from"]
+    return {**deciding, "init_from": None if start is None else Path(start).name}
 
 
 def train(plan: Plan, arms: list[str]) -> None:
@@ -109,17 +141,11 @@ def train(plan: Plan, arms: list[str]) -> None:
             finish(plan.config(arm, seed))
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    """What a finished run left."""
-    document: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return document
-
-
 def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
     """Scores, costs and times of every arm over its seeds."""
     found: dict[str, Any] = {}
     for arm in arms:
-        runs = [results_of(plan.folder(arm, seed)) for seed in plan.seeds]
+        runs = [finished(plan.config(arm, seed)) for seed in plan.seeds]
         scores = {
             size: [run["results"][index] for run in runs]
             for index, size in enumerate(("training", "official"))
@@ -147,23 +173,20 @@ def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
 
 def time_inference(plan: Plan, arms: list[str], threads: int) -> list[dict[str, Any]]:
     """Milliseconds a picture of both forms, timed in turn, at the training size."""
+    prefer_this_process()
     forms = [arm for arm in arms if arm in FORMS]
-    models = {form: pyeff.load(plan.folder(form, plan.seeds[0])) for form in forms}
-    for model in models.values():
-        lay_out(model, torch.channels_last)
     height, width = plan.recipe["size"]
     rows: list[dict[str, Any]] = []
-    for name in ("fp32", "bf16"):
-        for batch in (1, 4):
-            x = torch.rand(batch, 3, height, width).to(memory_format=torch.channels_last)
-
-            def run(model: torch.nn.Module, x: torch.Tensor, bf16: bool) -> torch.Tensor:
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    output: torch.Tensor = model(x)
-                return output
-
-            calls = {f: partial(run, model, x, name == "bf16") for f, model in models.items()}
-            timed = compare(calls)
+    for name, dtype in DTYPES.items():
+        models = {f: pyeff.load(plan.folder(f, plan.seeds[0])).to(dtype) for f in forms}
+        for model in models.values():
+            # Not in inference mode: weights made there are never packed ahead.
+            lay_out(model, torch.channels_last)
+        for batch in BATCHES:
+            x = torch.rand(batch, 3, height, width).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                timed = compare({form: partial(model, x) for form, model in models.items()})
             rows += [
                 {
                     "precision": name,
@@ -171,6 +194,7 @@ def time_inference(plan: Plan, arms: list[str], threads: int) -> list[dict[str, 
                     "threads": threads,
                     "form": form,
                     "ms_a_picture": 1e3 * timed.time(form).median / batch,
+                    "dense_over_it": vars(timed.speedup(form, "dense")) if "dense" in forms else {},
                     "clean": timed.clean,
                 }
                 for form in forms
@@ -178,63 +202,83 @@ def time_inference(plan: Plan, arms: list[str], threads: int) -> list[dict[str, 
     return rows
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} +- {statistics.stdev(values):.1f}"
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; "-" where there is no value."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    mean = f"{statistics.mean(found):.1f}"
+    return mean if len(found) < 2 else f"{mean} +- {statistics.stdev(found):.1f}"
 
 
 def print_tables(document: dict[str, Any]) -> None:
     """Markdown for the results page."""
-    rows = []
-    for arm, found in document["arms"].items():
-        scores = found["scores"]
-        epochs = [epoch.get("2", 0.0) for epoch in found["seconds_an_epoch"]]
-        rows.append(
-            [
-                arm.replace("_", " "),
-                f"{found['params']:,}",
-                f"{found['macs'] / 1e9:.2f} G",
-                len(found["seeds"]),
-                *(spread(scores[size]["miou_percent"]) for size in ("training", "official")),
-                spread(scores["official"]["pixel_accuracy_percent"]),
-                f"{statistics.mean(epochs):.0f}",
-            ]
+    arms = document["arms"]
+    first = next(iter(arms.values()))["scores"]
+    sizes = {name: "x".join(map(str, score["size"])) for name, score in first.items()}
+    columns = ["network", "parameters", "MACs", "seeds"]
+    columns += [f"{what} at {size}, %" for size in sizes.values() for what in ("mIoU", "pixels")]
+    print(
+        markdown_table(
+            [*columns, "s an epoch, encoder", "whole"],
+            [_row_of(arm, found) for arm, found in arms.items()],
         )
-    sizes = ["x".join(map(str, scores[size]["size"])) for size in ("training", "official")]
-    columns = ["network", "parameters", "MACs", "seeds", *(f"mIoU at {s}, %" for s in sizes)]
-    print(markdown_table([*columns, f"pixels at {sizes[1]}, %", "s an epoch"], rows))
-    names = list(next(iter(document["arms"].values()))["scores"]["official"]["class_iou"][0])
+    )
     rows = []
-    for name in names:
+    for name in first["official"]["class_iou"][0]:
         cells = []
-        for found in document["arms"].values():
+        for found in arms.values():
             values = [iou[name] for iou in found["scores"]["official"]["class_iou"]]
-            cells.append(spread([100 * value for value in values if value is not None] or [0.0]))
+            cells.append(spread([None if value is None else 100 * value for value in values]))
         rows.append([name, *cells])
-    print(markdown_table([f"IoU at {sizes[1]}, %", *document["arms"]], rows))
+    print(markdown_table([f"IoU at {sizes['official']}, %", *arms], rows))
     if document["inference"]:
-        keys = ("precision", "batch", "threads", "form")
-        rows = [
-            [*(row[key] for key in keys), f"{row['ms_a_picture']:.1f}", row["clean"]]
-            for row in document["inference"]
-        ]
-        print(markdown_table([*keys, "ms a picture", "undisturbed"], rows))
+        print(_times(document["inference"]))
+
+
+def _row_of(arm: str, found: dict[str, Any]) -> list[Any]:
+    scores, seconds = found["scores"], found["seconds_an_epoch"]
+    return [
+        arm.replace("_", " "),
+        f"{found['params']:,}",
+        f"{found['macs'] / 1e9:.2f} G",
+        len(found["seeds"]),
+        *(
+            spread(score[f"{what}_percent"])
+            for score in scores.values()
+            for what in ("miou", "pixel_accuracy")
+        ),
+        *(spread([epochs.get(stage) for epochs in seconds]) for stage in ("1", "2")),
+    ]
+
+
+def _times(rows: list[dict[str, Any]]) -> str:
+    keys = ("precision", "batch", "threads", "form")
+    lines = []
+    for row in rows:
+        over = row["dense_over_it"]
+        ratio = f"{over['median']:.2f} [{over['p10']:.2f}..{over['p90']:.2f}]" if over else "-"
+        cells = [f"{row['ms_a_picture']:.1f}", ratio, "" if row["clean"] else "yes"]
+        lines.append([*(row[key] for key in keys), *cells])
+    return markdown_table([*keys, "ms a picture", "dense over it", "disturbed"], lines)
 
 
 def draw(plan: Plan, arms: list[str], document: dict[str, Any], out: Path) -> None:
-    """Six test frames, labelled by the best network of pairs."""
+    """Six test frames, labelled by the best network of pairs, or by the best where there is none.
+
+    A JPEG: photographs as PNG would be three times as large.
+    """
 
     def score(arm: str) -> float:
         return statistics.mean(document["arms"][arm]["scores"]["training"]["miou_percent"])
 
-    arm = max((a for a in arms if a.startswith("pairs")), key=score)
+    arm = max((a for a in arms if a.startswith("pairs")), key=score, default=max(arms, key=score))
     data = load_segmentation(plan.config(arm, plan.seeds[0]), ("test",))
     model = pyeff.load(plan.folder(arm, plan.seeds[0]))
     frames = predicted_frames(model, data, "test", FRAMES)
     height, width = plan.recipe["size"]
     words = f"ERFNet on CamVid's test frames, {height} x {width} ({arm.replace('_', ' ')})"
-    plot_frames(frames, data.class_names, data.palette, out / f"{NAME}.png", title=words)
+    plot_frames(frames, data.class_names, data.palette, out / f"{NAME}.jpg", title=words)
 
 
 def arguments_of() -> argparse.Namespace:
