@@ -79,7 +79,8 @@ def expand(
     Raises:
         TypeError: a model, layers or options of the wrong kind.
         ValueError: an unknown mode, names that the model has not, a layer that was asked for by
-            name and cannot be expanded, an example that the model does not take.
+            name and cannot be expanded, no layer at all that can, an example that the model does
+            not take.
 
     Source: Guo, Alvarez, Salzmann, "ExpandNets: Linear Over-parameterization to Train Compact
     Convolutional Networks", NeurIPS 2020.
@@ -136,6 +137,12 @@ def expand_with_report(
     unknown = sorted(set(maker.widths) - set(made))
     if unknown:
         raise ValueError(f"{_OP}: widths must name layers that are expanded, got {unknown}")
+    if not made:
+        reasons = sorted({result.left for result in results if result.left is not None})
+        raise ValueError(
+            f"{_OP}: model must have a layer that can be expanded, got none "
+            f"({'; '.join(reasons) or 'neither convolutions nor linear layers'})"
+        )
     large = with_layers(model, made)
     describe_anew(large, model)
     report = ExpandReport(tuple(results), (parameter_count(model), parameter_count(large)))

@@ -91,11 +91,12 @@ class FoldsNorms(nn.Module, Generic[T]):
     def is_whole(self) -> bool:
         """Whether its convolutions are plain ones, whose weights it may read.
 
-        One that :func:`pyeff.compress.factorize` put two layers in the place of is called instead,
-        as all are within :func:`layers_apart`.
+        One that :func:`pyeff.compress.factorize` put two layers in the place of, or
+        ``pyeff.convert.expand`` a larger one, is called instead, as all are within
+        :func:`layers_apart`.
         """
         return not _apart and not any(
-            isinstance(member, nn.Sequential) for member in self._modules.values()
+            isinstance(member, nn.Sequential | FoldsNorms) for member in self._modules.values()
         )
 
     def _fold(self) -> T:

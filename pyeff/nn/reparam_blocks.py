@@ -102,13 +102,7 @@ class DiverseBranchBlock(Reparam):
         inner_channels: int | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
-        inner = in_channels if inner_channels is None else inner_channels
-        if groups >= 1 and (inner < 1 or inner % groups):
-            raise ValueError(
-                f"{type(self).__name__}: inner_channels must be a positive multiple of groups, got "
-                f"{inner} in {groups} groups"
-            )
-        self.inner_channels = inner
+        self.inner_channels = in_channels if inner_channels is None else inner_channels
         super().__init__(
             in_channels,
             out_channels,
@@ -124,6 +118,11 @@ class DiverseBranchBlock(Reparam):
         )
 
     def _branches(self, window: Window, made: Mapping[str, Any]) -> dict[str, nn.Module]:
+        if self.inner_channels < 1 or self.inner_channels % window.groups:
+            raise ValueError(
+                f"{self._op}: inner_channels must be a positive multiple of groups, got "
+                f"{self.inner_channels} in {window.groups} groups"
+            )
         twice = PointBranch(window, self.inner_channels, **made)
         if self.inner_channels == window.in_channels:
             nn.init.dirac_(twice.point.weight, window.groups)
