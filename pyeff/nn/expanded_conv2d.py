@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from pyeff.nn.contraction import Kernel, compose_all, without_autocast
-from pyeff.nn.expansion_cost import trains_faster_contracted
+from pyeff.nn.expansion_cost import conv_forms, trains_faster_contracted
 from pyeff.nn.expansion_plan import (
     PADDING_MODES,
     MemberPlan,
@@ -256,7 +256,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         # A compiled program serves more than one size. Without gradients the kernel is kept.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return True
-        return trains_faster_contracted(self._kernels(), x, self._edges)
+        return trains_faster_contracted(conv_forms(self._kernels(), x, self._edges), x)
 
     def _by_members(self, x: Tensor) -> Tensor:
         if not is_symmetric(self._edges):

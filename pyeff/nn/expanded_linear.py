@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from pyeff.nn.contraction import Kernel, compose_linear, without_autocast
-from pyeff.nn.expansion_cost import linear_trains_faster_contracted
+from pyeff.nn.expansion_cost import linear_forms, trains_faster_contracted
 from pyeff.nn.expansion_plan import check_form, inner_widths
 from pyeff.nn.expansion_start import start_cl
 from pyeff.nn.factorized_conv2d import check_activation
@@ -186,7 +186,7 @@ class ExpandedLinear(FoldsNorms[_Affine]):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return True
         features = (self.in_features, *self.widths, self.out_features)
-        return linear_trains_faster_contracted(features, prod(x.shape[:-1]), x)
+        return trains_faster_contracted(linear_forms(features, prod(x.shape[:-1])), x)
 
     def _pairs(self, dtype: torch.dtype | None = None) -> list[_Affine]:
         found: list[_Affine] = []

@@ -2,17 +2,16 @@
 
 The chain costs multiply-adds at every pixel, the contracted form a composition of the weights once
 a step and then the multiply-adds of the compact layer. So the chain can only win on few pixels. The
-rates are those that ``benchmarks/ops/bench_expanded_conv2d.py`` measured on the processor which
+times are those that ``benchmarks/ops/expanded_forms.py`` measured on the processor which
 ``pyeff/ops/tables/cpu.json`` names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyeff.nn.contraction import Kernel, composition_macs
@@ -22,33 +21,27 @@ from pyeff.ops._dispatch import measured_rates
 OP = "expanded_conv2d"
 
 
-def linear_trains_faster_contracted(features: Sequence[int], rows: int, x: Tensor) -> bool:
-    """As :func:`trains_faster_contracted`, for a chain of linear layers.
+class Work(NamedTuple):
+    """What a form does in a step; the table has the seconds of one each, backward included."""
 
-    Args:
-        features: of the input, between the members and of the output.
-        rows: vectors of the input.
-        x: gives device and dtype.
-    """
-    if x.device.type != "cpu":
-        return True
-    rates = measured_rates(OP, x)
-    pairs = list(pairwise(features))
-    expanded = sum(rates["linear_s"] + rows * a * b / rates["linear_mac_per_s"] for a, b in pairs)
-    inputs, first, second, outputs = features
-    smaller = min(inputs, outputs)
-    composition = first * second * smaller + inputs * outputs * (
-        second if inputs == smaller else first
-    )
-    macs = composition + rows * inputs * outputs
-    return 3 * rates["linear_s"] + macs / rates["linear_mac_per_s"] <= expanded
+    convs: int = 0  # calls
+    macs: int = 0  # multiply-adds in them
+    values: int = 0  # numbers of the maps that they write
+    compositions: int = 0  # of two kernels
+    composition_macs: int = 0
+    linears: int = 0  # matrix products
+    linear_macs: int = 0
+
+    def seconds(self, rates: Mapping[str, float]) -> float:
+        """The time of a step, forward and backward."""
+        return sum(rates[name] * count for name, count in self._asdict().items())
 
 
-class FormCosts(NamedTuple):
-    """Seconds of a training step, forward and backward, as the rates give them."""
+class Forms(NamedTuple):
+    """The work of both forms of a layer."""
 
-    expanded: float
-    contracted: float
+    expanded: Work
+    contracted: Work
 
 
 class _Member(NamedTuple):
@@ -57,8 +50,8 @@ class _Member(NamedTuple):
     dilation: tuple[int, int]
 
 
-def form_costs(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> FormCosts:
-    """What both forms of a chain cost for an input on the CPU.
+def conv_forms(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> Forms:
+    """The work of a chain of convolutions on an input.
 
     Args:
         kernels: the members.
@@ -69,33 +62,25 @@ def form_costs(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> FormCosts:
     left, right, top, bottom = edges
     size = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
     batch = x.shape[0] if x.ndim == 4 else 1
-    return _form_costs(members, composition_macs(kernels), batch, size, x.dtype)
+    return _conv_forms(members, composition_macs(kernels), batch, size)
 
 
 @lru_cache(maxsize=4096)
-def _form_costs(
-    members: tuple[_Member, ...],
-    composition: int,
-    batch: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-) -> FormCosts:
-    rates = measured_rates(OP, torch.empty(0, dtype=dtype))
-    expanded, taps = 0.0, [1, 1]
+def _conv_forms(
+    members: tuple[_Member, ...], composition: int, batch: int, size: tuple[int, int]
+) -> Forms:
+    macs, values, taps = 0, 0, [1, 1]
     for member in members:
         size = _output_size(member, size)
-        macs = batch * prod(size) * prod(member.shape)
-        values = batch * prod(size) * member.shape[0]
-        expanded += rates["conv_s"] + macs / rates["conv_mac_per_s"]
-        expanded += values / rates["values_per_s"]
+        macs += batch * prod(size) * prod(member.shape)
+        values += batch * prod(size) * member.shape[0]
         taps = [t + k - 1 for t, k in zip(taps, member.shape[2:], strict=True)]
-    outputs, inputs = members[-1].shape[0], members[0].shape[1]
-    pixels = batch * prod(size)
-    contracted = rates["conv_s"] + pixels * outputs * inputs * prod(taps) / rates["conv_mac_per_s"]
-    contracted += pixels * outputs / rates["values_per_s"]
-    contracted += rates["compose_s"] * (len(members) - 1)
-    contracted += composition / rates["compose_mac_per_s"]
-    return FormCosts(expanded, contracted)
+    made = batch * prod(size) * members[-1].shape[0]
+    compact = made * members[0].shape[1] * prod(taps)
+    return Forms(
+        Work(convs=len(members), macs=macs, values=values),
+        Work(1, compact, made, compositions=len(members) - 1, composition_macs=composition),
+    )
 
 
 def _output_size(member: _Member, size: tuple[int, int]) -> tuple[int, int]:
@@ -108,13 +93,35 @@ def _output_size(member: _Member, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def trains_faster_contracted(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> bool:
+def linear_forms(features: Sequence[int], rows: int) -> Forms:
+    """The work of a chain of three linear layers.
+
+    Args:
+        features: of the input, between the members and of the output.
+        rows: vectors of the input.
+    """
+    inputs, first, second, outputs = features
+    macs = rows * sum(a * b for a, b in pairwise(features))
+    # From the end with fewer features.
+    middle = second if inputs <= outputs else first
+    composition = min(inputs, outputs) * first * second + inputs * middle * outputs
+    return Forms(
+        Work(linears=3, linear_macs=macs),
+        Work(linears=3, linear_macs=composition + rows * inputs * outputs),
+    )
+
+
+def trains_faster_contracted(forms: Forms, x: Tensor) -> bool:
     """Whether a training step takes less time in contracted form.
 
     On devices other than the CPU always: nothing was measured there, and the contracted form is
     the one that needs less memory.
+
+    Args:
+        forms: of the layer.
+        x: gives device and dtype.
     """
     if x.device.type != "cpu":
         return True
-    costs = form_costs(kernels, x, edges)
-    return costs.contracted <= costs.expanded
+    rates = measured_rates(OP, x)
+    return forms.contracted.seconds(rates) <= forms.expanded.seconds(rates)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyeff.nn import ExpandedConv2d
-from pyeff.nn.expansion_cost import form_costs
+from pyeff.nn.expansion_cost import conv_forms, trains_faster_contracted
 
 C, OUT = 4, 8
 
@@ -297,9 +297,10 @@ def test_auto_takes_the_cheaper_form(monkeypatch):
     conv = layer(3, channels=(64, 64), padding=1)
     conv.members[0].register_forward_hook(lambda *_: calls.append(1))
     few, many = images((1, 1), 64)[:1], images((16, 16), 64)
-    costs = [form_costs(conv._kernels(), x, conv._edges) for x in (few, many)]
-    assert costs[0].expanded < costs[0].contracted
-    assert costs[1].expanded > costs[1].contracted
+    forms = [conv_forms(conv._kernels(), x, conv._edges) for x in (few, many)]
+    assert not trains_faster_contracted(forms[0], few)
+    assert trains_faster_contracted(forms[1], many)
+    assert trains_faster_contracted(forms[0], few.to("meta")), "nothing else was measured"
     conv(many)
     assert calls == []
     conv(few)
@@ -307,6 +308,21 @@ def test_auto_takes_the_cheaper_form(monkeypatch):
     with torch.no_grad():
         conv(few)
     assert calls == [1], "without gradients the kernel is kept"
+
+
+def test_counts_of_the_forms():
+    """CL, 4 -> 8 channels, 5 x 5 kernel with stride 2 on 9 x 10 padded to 11 x 12, two images."""
+    conv = layer(5, mode="cl", stride=2, padding=1, groups=2, rate=2)
+    expanded, contracted = conv_forms(conv._kernels(), images((9, 10)), conv._edges)
+    wide, small = 2 * 11 * 12, 2 * 4 * 4
+    macs = wide * 8 * 2 + small * 16 * 4 * 25 + small * 8 * 8
+    assert expanded[:3] == (3, macs, wide * 8 + small * (16 + 8))
+    assert contracted[:3] == (1, small * 8 * 2 * 25, small * 8)
+    # Per group 2 -> 4 -> 8 -> 4 channels: from the start 8 * 4 * 2 and 4 * 8 * 2 products a tap,
+    # from the end 4 * 8 * 4 and 4 * 4 * 2.
+    assert contracted.compositions == 2
+    assert contracted.composition_macs == 2 * 25 * (8 * 4 * 2 + 4 * 8 * 2)
+    assert conv_forms(conv._kernels(), images((9, 10))[0], conv._edges)[1].values == 4 * 4 * 8
 
 
 @pytest.mark.parametrize("form", ["expanded", "auto"])

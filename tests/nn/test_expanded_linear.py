@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyeff.nn import ExpandedLinear
-from pyeff.nn.expansion_cost import linear_trains_faster_contracted
+from pyeff.nn.expansion_cost import linear_forms, trains_faster_contracted
 
 
 def layer(features=(6, 5), **options):
@@ -118,9 +118,14 @@ def test_gradcheck_of_the_contracted_form():
 
 def test_auto_takes_the_cheaper_form():
     features, x = (512, 2048, 256, 64), torch.empty(0)
-    assert not linear_trains_faster_contracted(features, 1, x)
-    assert linear_trains_faster_contracted(features, 100_000, x)
-    assert linear_trains_faster_contracted(features, 1, x.to("meta"))
+    forms = linear_forms(features, 1)
+    assert not trains_faster_contracted(forms, x)
+    assert trains_faster_contracted(linear_forms(features, 100_000), x)
+    assert trains_faster_contracted(forms, x.to("meta")), "nothing else was measured"
+    chain = 512 * 2048 + 2048 * 256 + 256 * 64
+    assert forms.expanded == (0, 0, 0, 0, 0, 3, chain)
+    composed = 2048 * 256 * 64 + 512 * 2048 * 64
+    assert forms.contracted == (0, 0, 0, 0, 0, 3, composed + 512 * 64)
     linear, calls = ExpandedLinear(512, 64), []
     linear.members[0].register_forward_hook(lambda *_: calls.append(1))
     linear(torch.randn(1, 512))
