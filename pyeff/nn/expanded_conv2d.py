@@ -211,9 +211,9 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         )
         start = start_cl if layer.mode == "cl" else start_ck
         weights = start(_OP, conv.weight, layer._kernels(torch.float64), noise)
-        for member, weight in zip(layer._convs, weights, strict=True):
+        for member, weight in zip(layer.convs, weights, strict=True):
             member.weight.copy_(weight)
-        last = layer._convs[-1]
+        last = layer.convs[-1]
         if conv.bias is not None and last.bias is not None:
             last.bias.zero_()
             passed = layer.composed(torch.float64).bias
@@ -235,8 +235,8 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         return self._convolve(x, self._folded_for(x))
 
     @property
-    def _convs(self) -> list[nn.Conv2d]:
-        """The members as what they are unless someone replaced one."""
+    def convs(self) -> list[nn.Conv2d]:
+        """The members that are convolutions, which is all unless someone replaced one."""
         return [member for member in self.members if isinstance(member, nn.Conv2d)]
 
     @property
@@ -278,20 +278,20 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         return F.pad(x, self._edges, mode)
 
     def _kernels(self, dtype: torch.dtype | None = None) -> list[Kernel]:
-        return [Kernel.of(member, dtype) for member in self._convs]
+        return [Kernel.of(member, dtype) for member in self.convs]
 
     def _folded_tensors(self) -> list[Tensor]:
-        tensors = [tensor for conv in self._convs for tensor in (conv.weight, conv.bias)]
+        tensors = [tensor for conv in self.convs for tensor in (conv.weight, conv.bias)]
         return [tensor for tensor in tensors if tensor is not None]
 
     def _fold(self) -> Kernel:
         # Halves would round the products of each pair of members.
-        dtype = self._convs[0].weight.dtype
+        dtype = self.convs[0].weight.dtype
         return self.composed(torch.promote_types(dtype, torch.float32)).to(dtype)
 
     def _fold_once(self) -> Kernel:
         with torch.inference_mode(False), torch.no_grad():
-            return self.composed(torch.float64).to(self._convs[0].weight.dtype)
+            return self.composed(torch.float64).to(self.convs[0].weight.dtype)
 
     def composed(self, dtype: torch.dtype | None = None) -> Kernel:
         """The kernel that the chain equals, differentiable with respect to the members.
@@ -313,7 +313,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
             raise TypeError(
                 f"{_OP}: members must be plain nn.Conv2d to contract, got {type(odd).__name__}"
             )
-        with without_autocast(self._convs[0].weight):
+        with without_autocast(self.convs[0].weight):
             return compose_all(self._kernels(dtype))
 
     @torch.no_grad()
@@ -329,7 +329,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
             TypeError: a member is no plain ``nn.Conv2d``.
         """
         kernel = self.composed(torch.float64)
-        weight = self._convs[0].weight
+        weight = self.convs[0].weight
         outputs, inputs = kernel.shape[:2]
         conv = nn.utils.skip_init(
             nn.Conv2d,
