@@ -26,7 +26,9 @@ class Work(NamedTuple):
 
     convs: int = 0  # calls
     macs: int = 0  # multiply-adds in them
+    grouped_macs: int = 0  # the same where channels are grouped: slower
     values: int = 0  # numbers of the maps that they write
+    weights: int = 0  # numbers of their weights
     compositions: int = 0  # of two kernels
     composition_macs: int = 0
     linears: int = 0  # matrix products
@@ -75,12 +77,14 @@ def _conv_forms(
         macs += batch * prod(size) * prod(member.shape)
         values += batch * prod(size) * member.shape[0]
         taps = [t + k - 1 for t, k in zip(taps, member.shape[2:], strict=True)]
-    made = batch * prod(size) * members[-1].shape[0]
-    compact = made * members[0].shape[1] * prod(taps)
-    return Forms(
-        Work(convs=len(members), macs=macs, values=values),
-        Work(1, compact, made, compositions=len(members) - 1, composition_macs=composition),
-    )
+    pixels = batch * prod(size)
+    outputs, weights = members[-1].shape[0], members[-1].shape[0] * members[0].shape[1] * prod(taps)
+    grouped = members[0].shape[0] != members[1].shape[1]
+    kind = "grouped_macs" if grouped else "macs"
+    chain = {kind: macs, "values": values, "weights": sum(prod(m.shape) for m in members)}
+    compact = {kind: pixels * weights, "values": pixels * outputs, "weights": weights}
+    composed = {"compositions": len(members) - 1, "composition_macs": composition}
+    return Forms(Work(convs=len(members), **chain), Work(convs=1, **compact, **composed))
 
 
 def _output_size(member: _Member, size: tuple[int, int]) -> tuple[int, int]:

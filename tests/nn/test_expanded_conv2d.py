@@ -316,8 +316,11 @@ def test_counts_of_the_forms():
     expanded, contracted = conv_forms(conv._kernels(), images((9, 10)), conv._edges)
     wide, small = 2 * 11 * 12, 2 * 4 * 4
     macs = wide * 8 * 2 + small * 16 * 4 * 25 + small * 8 * 8
-    assert expanded[:3] == (3, macs, wide * 8 + small * (16 + 8))
-    assert contracted[:3] == (1, small * 8 * 2 * 25, small * 8)
+    weights = 8 * 2 + 16 * 4 * 25 + 8 * 8
+    assert expanded[:5] == (3, 0, macs, wide * 8 + small * (16 + 8), weights)
+    assert contracted[:5] == (1, 0, small * 8 * 2 * 25, small * 8, 8 * 2 * 25)
+    dense = conv_forms(layer(5, mode="ck", rate=2)._kernels(), images((9, 10)), (0, 0, 0, 0))
+    assert dense.contracted[:3] == (1, 2 * 5 * 6 * 8 * 4 * 25, 0)
     # Per group 2 -> 4 -> 8 -> 4 channels: from the start 8 * 4 * 2 and 4 * 8 * 2 products a tap,
     # from the end 4 * 8 * 4 and 4 * 4 * 2.
     assert contracted.compositions == 2
