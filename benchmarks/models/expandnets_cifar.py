@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from expandnets_figure import draw
 from expandnets_times import markdown_inference, markdown_steps, time_inference, time_steps
+from finished_runs import check_recipe, results_of
 from timing import machine, markdown_table
 
 import pyeff
@@ -43,6 +44,7 @@ from pyeff.checkpoint import write_bytes_atomically
 from pyeff.convert import contract_with_report
 from pyeff.train import TrainConfig
 from pyeff.train.batches import normalise
+from pyeff.train.config import config_from_json
 from pyeff.train.report import train_and_report
 from pyeff.train.trainer import load_config_tasks
 
@@ -117,7 +119,7 @@ class Plan:
         """
         if not self.collect_only:
             return self.seeds
-        done = tuple(s for s in self.seeds if (self.folder(arm, s) / "results.json").exists())
+        done = tuple(s for s in self.seeds if results_of(self.folder(arm, s)) is not None)
         if not done:
             raise SystemExit(
                 f"{self.name}: {arm} must have a finished run, got none in {self.runs}"
@@ -130,10 +132,26 @@ def train(plan: Plan, arms: list[str]) -> None:
     for seed in plan.seeds:
         for arm in arms:
             for before in [True, False] if arm in BEFORE else [False]:
-                folder = plan.folder(arm, seed, before=before)
-                if not (folder / "results.json").exists():
+                config = plan.config(arm, seed, before=before)
+                folder = Path(config.out)
+                if results_of(folder) is None:
                     begun = (folder / "checkpoint.safetensors").exists()
-                    train_and_report(plan.config(arm, seed, before=before), resume=begun)
+                    train_and_report(config, resume=begun)
+                else:
+                    finished(plan, config)
+
+
+def finished(plan: Plan, config: TrainConfig) -> dict[str, Any]:
+    """What a finished run left.
+
+    Raises:
+        SystemExit: there is none, or it is of another recipe.
+    """
+    found = results_of(Path(config.out))
+    if found is None:
+        raise SystemExit(f"{plan.name}: {config.out} must hold a finished run, got none")
+    check_recipe(Path(config.out), config_from_json(found["config"]).deciding(), config.deciding())
+    return found
 
 
 def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
@@ -141,7 +159,7 @@ def collect(plan: Plan, arms: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for arm in arms:
         seeds = plan.seeds_of(arm)
-        runs = [json.loads((plan.folder(arm, s) / "results.json").read_text()) for s in seeds]
+        runs = [finished(plan, plan.config(arm, seed)) for seed in seeds]
         lines = [run["results"][0] for run in runs]
         best = [run["best_epochs"][0] for run in runs]
         found[arm] = {

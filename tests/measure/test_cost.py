@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from pyeff.measure import layer_costs, measure_cost, measure_latency, peak_activation_bytes
-from pyeff.nn import Downsampler, FactorizedConv2d, Upsampler
+from pyeff.nn import (
+    Downsampler,
+    ExpandedConv2d,
+    ExpandedLinear,
+    FactorizedConv2d,
+    RepVGGBlock,
+    Upsampler,
+)
 
 
 def _net():
@@ -91,6 +98,28 @@ def test_peak_does_not_count_weights():
     conv = nn.Conv2d(4, 6, 1).to("meta")
     x = torch.empty(1, 4, 5, 5, device="meta")
     assert peak_activation_bytes(conv, x) == (4 + 6) * 25 * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "image", "weights", "positions"),
+    [
+        (lambda **o: ExpandedConv2d(4, 6, 5, 2, 2, groups=2, **o), (4, 9, 9), 6 * 2 * 25, 25),
+        (lambda **o: ExpandedLinear(4, 6, **o), (4,), 24, 1),
+        (lambda **o: RepVGGBlock(4, 6, 3, padding=1, **o), (4, 7, 7), 6 * 4 * 9, 49),
+    ],
+)
+def test_an_expanded_layer_costs_what_it_runs_as(make, image, weights, positions):
+    with torch.device("meta"):
+        layer = make().eval()
+    ((found,), _) = layer_costs(layer, image)
+    assert (found.weights, found.macs) == (weights, weights * positions)
+
+
+def test_a_chain_with_activations_costs_its_members():
+    with torch.device("meta"):
+        layer = ExpandedConv2d(2, 3, 3, activation="relu", widths=(4, 5)).eval()
+    found, _ = layer_costs(layer, (2, 6, 6))
+    assert [cost.macs for cost in found] == [8 * 36, 180 * 16, 15 * 16]
 
 
 def test_latency_is_the_interleaved_median():
