@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
+Shape = tuple[int, int, int, int]  # of a weight: outputs, inputs of a group, taps
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Kernel:
         return self.weight.shape[2], self.weight.shape[3]
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """Of the weight."""
         out_channels, in_channels, height, width = self.weight.shape
         return out_channels, in_channels, height, width
@@ -136,51 +137,43 @@ def compose_all(kernels: Sequence[Kernel]) -> Kernel:
     """
     if not kernels:
         raise ValueError("compose_all: kernels must be one at least, got none")
-    forward, backward = _fold_macs(kernels)
-    if forward <= backward:
-        return reduce(compose, kernels)
-    return reduce(lambda second, first: compose(first, second), reversed(kernels))
+    if len(kernels) > 2:
+        forward, backward = _fold_macs([kernel.shape for kernel in kernels])
+        if backward < forward:
+            return reduce(lambda second, first: compose(first, second), reversed(kernels))
+    return reduce(compose, kernels)
 
 
-def composition_macs(kernels: Sequence[Kernel]) -> int:
-    """Multiply-adds that :func:`compose_all` needs for the weight."""
-    return min(_fold_macs(kernels))
+def composition_macs(shapes: Sequence[Shape]) -> int:
+    """Multiply-adds that :func:`compose_all` needs for the weight, with strides and dilations 1.
+
+    Args:
+        shapes: of the kernels' weights.
+    """
+    return min(_fold_macs(shapes))
 
 
-def _fold_macs(kernels: Sequence[Kernel]) -> Pair:
+def _fold_macs(shapes: Sequence[Shape]) -> Pair:
     """Multiply-adds of a chain's composition from its start and from its end."""
     forward = backward = 0
-    joined = _Shape.of(kernels[0])
-    for kernel in kernels[1:]:
-        forward += joined.macs_before(_Shape.of(kernel))
-        joined = joined.before(_Shape.of(kernel))
-    joined = _Shape.of(kernels[-1])
-    for kernel in reversed(kernels[:-1]):
-        backward += _Shape.of(kernel).macs_before(joined)
-        joined = _Shape.of(kernel).before(joined)
+    joined = shapes[0]
+    for shape in shapes[1:]:
+        forward += _pair_macs(joined, shape)
+        joined = _joined(joined, shape)
+    joined = shapes[-1]
+    for shape in reversed(shapes[:-1]):
+        backward += _pair_macs(shape, joined)
+        joined = _joined(shape, joined)
     return forward, backward
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What the cost of a composition depends on. Zeros between taps are not multiplied."""
+def _pair_macs(first: Shape, second: Shape) -> int:
+    """Every number of the second with all that one output of the first is made of."""
+    return prod(second) * prod(first[1:])
 
-    inputs: int  # of a group
-    outputs: int  # of all groups
-    taps: int
-    kernel: Pair
 
-    @classmethod
-    def of(cls, kernel: Kernel) -> "_Shape":
-        out_channels, in_channels, *_ = kernel.shape
-        return cls(in_channels, out_channels, prod(kernel.taps), kernel.taps)
-
-    def macs_before(self, second: "_Shape") -> int:
-        return second.outputs * second.taps * second.inputs * self.inputs * self.taps
-
-    def before(self, second: "_Shape") -> "_Shape":
-        height, width = (a + b - 1 for a, b in zip(self.kernel, second.kernel, strict=True))
-        return _Shape(self.inputs, second.outputs, height * width, (height, width))
+def _joined(first: Shape, second: Shape) -> Shape:
+    return second[0], first[1], first[2] + second[2] - 1, first[3] + second[3] - 1
 
 
 def compose_linear(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyeff.nn.contraction import Kernel, composition_macs
+from pyeff.nn.contraction import Kernel, Pair, Shape, composition_macs
 from pyeff.nn.expansion_plan import Edges
 from pyeff.ops._dispatch import measured_rates
 
@@ -47,9 +47,9 @@ class Forms(NamedTuple):
 
 
 class _Member(NamedTuple):
-    shape: tuple[int, int, int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    shape: Shape
+    stride: Pair
+    dilation: Pair
 
 
 def conv_forms(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> Forms:
@@ -64,13 +64,12 @@ def conv_forms(kernels: Sequence[Kernel], x: Tensor, edges: Edges) -> Forms:
     left, right, top, bottom = edges
     size = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
     batch = x.shape[0] if x.ndim == 4 else 1
-    return _conv_forms(members, composition_macs(kernels), batch, size)
+    return _conv_forms(members, batch, size)
 
 
 @lru_cache(maxsize=4096)
-def _conv_forms(
-    members: tuple[_Member, ...], composition: int, batch: int, size: tuple[int, int]
-) -> Forms:
+def _conv_forms(members: tuple[_Member, ...], batch: int, size: Pair) -> Forms:
+    composition = composition_macs([member.shape for member in members])
     macs, values, taps = 0, 0, [1, 1]
     for member in members:
         size = _output_size(member, size)
@@ -87,7 +86,7 @@ def _conv_forms(
     return Forms(Work(convs=len(members), **chain), Work(convs=1, **compact, **composed))
 
 
-def _output_size(member: _Member, size: tuple[int, int]) -> tuple[int, int]:
+def _output_size(member: _Member, size: Pair) -> Pair:
     height, width = (
         max(0, (length - dilation * (taps - 1) - 1) // stride + 1)
         for length, taps, stride, dilation in zip(
