@@ -158,9 +158,13 @@ def _program(model: nn.Module, traced: Tensor, dynamic_batch: bool) -> torch.exp
     except Exception as error:
         # Whatever tracing raises for a network that is not one program of tensors.
         raise ValueError(
-            f"{_OP}: model must be traceable by torch.export, got {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            f"{_OP}: model must be traceable by torch.export, got {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _torch_bytes(
@@ -182,14 +186,17 @@ def _onnx_bytes(
     for module in ("onnx", "onnxscript"):
         require(module, "export", purpose)
     runtime = require("onnxruntime", "export", purpose + " that was run once")
-    made = torch.onnx.export(
-        _program(model, traced, dynamic_batch),
-        (traced,),
-        input_names=["images"],
-        output_names=["output"],
-        dynamo=True,
-        verbose=False,
-    )
+    if example.dtype == torch.bfloat16:
+        raise ValueError(f"{_OP}: example must be of a type that NumPy has, got {example.dtype}")
+    program = _program(model, traced, dynamic_batch)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
+    try:
+        made = torch.onnx.export(program, (traced,), **names, dynamo=True, verbose=False)
+    except RuntimeError as error:
+        # torch.onnx's own errors are such, for operators that it has no translation of.
+        raise ValueError(
+            f"{_OP}: model must be of operators that ONNX has, got {_first_line(error)}"
+        ) from error
     if made is None:
         raise ValueError(f"{_OP}: torch.onnx.export must give a program, got None")
     content: bytes = made.model_proto.SerializeToString()

@@ -201,3 +201,22 @@ def test_the_onnx_program_is_run_before_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the program's output must differ by no more"):
         export(wanted, x, tmp_path / "b.onnx")
     assert not (tmp_path / "b.onnx").exists()
+
+
+def test_what_onnx_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "require", lambda *_: None)
+
+    def fails(*_, **__):
+        raise RuntimeError("no translation of an operator\nand more")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    message = r"operators that ONNX has, got RuntimeError: no translation of an operator$"
+    with pytest.raises(ValueError, match=message):
+        export(net(), images(), tmp_path / "b.onnx")
+    message = r"example must be of a type that NumPy has, got torch\.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        export(net().bfloat16(), images().bfloat16(), tmp_path / "b.onnx")
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"torch\.onnx\.export must give a program, got None"):
+        export(net(), images(), tmp_path / "b.onnx")
+    assert list(tmp_path.iterdir()) == []

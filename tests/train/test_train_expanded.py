@@ -110,7 +110,7 @@ def test_plain_momentum():
         made = build_optimizer(layer, lr=0.1, momentum=0.5, weight_decay=0.0, nesterov=nesterov)
         layer.weight.grad = torch.ones(1, 1)
         made.step()
-        steps[nesterov] = round(1 - float(layer.weight), 6)
+        steps[nesterov] = round(1 - layer.weight.item(), 6)
     assert steps == {True: 0.15, False: 0.1}
 
 
@@ -201,6 +201,22 @@ def test_two_processes_compute_what_one_does_with_the_joint_batch(tmp_path):
     for name, tensor in alone.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(together[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "expand"),
+    [("mobilenet_v1", "cl"), ("mobilenet_v2", "cl"), ("shufflenet_v2_x0_5", "cl")],
+)
+def test_other_networks_with_a_plan_train(family, expand, tmp_path):
+    model = {"family": family, "expand": expand, "rate": 1}
+    if family != "shufflenet_v2_x0_5":
+        model["width"] = 0.25
+    settings = {"tasks": ("digits:class",), "model": model, "epochs": 1, "limit_train": 32}
+    result = Trainer(tiny_config(tmp_path, **settings)).fit()
+    assert isinstance(result.model, pyeff.models.ExpandableNet)
+    assert result.model.config["in_channels"] == 1
+    assert result.accuracy["digits:class", 1] >= 0
+    assert pyeff.load(tmp_path).config["expand"] == "cl"
 
 
 def test_the_images_decide_the_size():
