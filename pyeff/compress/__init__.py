@@ -9,6 +9,7 @@ from pyeff.compress.groups import ChannelMap, channel_groups, map_channels
 from pyeff.compress.low_rank import LowRank
 from pyeff.compress.ortho_reg import OrthoReg, repulsion
 from pyeff.compress.parameter_count import ParameterCount
+from pyeff.compress.plain import plain_module
 from pyeff.compress.prox import (
     shrink_groups,
     shrink_groups_in_metric,
@@ -40,6 +41,7 @@ __all__ = [
     "factorize_with_report",
     "load",
     "map_channels",
+    "plain_module",
     "repulsion",
     "save",
     "shrink",
