@@ -161,11 +161,11 @@ class ExpandableNet(nn.Module):
         return measure_cost(as_it_runs(self).to("meta").eval(), (self.in_channels, *input_size))
 
 
-def as_it_runs(model: nn.Module) -> nn.Module:
+def as_it_runs(model: ExpandableNet) -> nn.Module:
     """A copy of a network with every expanded layer contracted; chains with activations stay.
 
     Args:
-        model: any network; not changed.
+        model: the network; not changed.
     """
     copied = copy.deepcopy(model)
     for name, layer in list(copied.named_modules()):

@@ -110,7 +110,7 @@ def test_plain_momentum():
         made = build_optimizer(layer, lr=0.1, momentum=0.5, weight_decay=0.0, nesterov=nesterov)
         layer.weight.grad = torch.ones(1, 1)
         made.step()
-        steps[nesterov] = round(1 - layer.weight.item(), 6)
+        steps[nesterov] = round(1 - layer.weight.detach().item(), 6)
     assert steps == {True: 0.15, False: 0.1}
 
 
@@ -124,7 +124,7 @@ def test_decay_on_the_product_trains_another_network(tmp_path):
 
     def norm(key):
         model = found[key]
-        return sum(float(getattr(model, f"conv{n}").product_norm()) for n in (1, 2, 3))
+        return sum(getattr(model, f"conv{n}").product_norm().item() for n in (1, 2, 3))
 
     assert norm(("product", 0.1)) < norm(("product", 0.0))
     assert norm(("product", 0.1)) != norm(("factors", 0.1))
