@@ -45,7 +45,7 @@ def contract(
     Convolutional Networks", NeurIPS 2020; Ding et al., "RepVGG", CVPR 2021.
 
     Example:
-        >>> net = nn.Sequential(ExpandedConv2d(3, 8, 5, padding=2), nn.ReLU())
+        >>> net = nn.Sequential(pyeff.nn.ExpandedConv2d(3, 8, 5, padding=2), nn.ReLU())
         >>> contract(net, torch.randn(1, 3, 9, 9))
         Sequential(
           (0): Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), padding=(2, 2))
