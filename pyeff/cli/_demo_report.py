@@ -11,6 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from pyeff.checkpoint import write_bytes_atomically
+from pyeff.cli._demo_erfnet import StreetFindings, print_streets, streets_section
 from pyeff.cli._demo_hydranet import HydraFindings, hydranet_section, print_hydranet
 from pyeff.train import LevelResult
 
@@ -51,6 +52,7 @@ class Findings:
         recipe: what was trained, in a sentence.
         machine: where, in a sentence.
         hydranet: the HydraNet's part.
+        streets: ERFNet's part, or why there is none.
     """
 
     nested: Sequence[LevelResult]
@@ -61,6 +63,7 @@ class Findings:
     recipe: str
     machine: str
     hydranet: HydraFindings
+    streets: StreetFindings | str
 
     @property
     def tasks(self) -> list[str]:
@@ -117,6 +120,7 @@ def print_findings(findings: Findings, console: Console) -> None:
     for choice in findings.choices:
         console.print(f"  {_choice_words(choice)}", highlight=False)
     print_hydranet(findings.hydranet, console)
+    print_streets(findings.streets, console)
 
 
 def _choice_words(choice: Choice) -> str:
@@ -187,6 +191,7 @@ that level out as a plain network of torch layers.</p>
 {choices}
 </ul>
 {hydranet_section(findings.hydranet)}
+{streets_section(findings.streets)}
 </body>
 </html>
 """

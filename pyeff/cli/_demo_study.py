@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import pyeff
+from pyeff.cli._demo_erfnet import StreetFindings, study_streets
 from pyeff.cli._demo_hydranet import HydraFindings, Line, study_hydranet
 from pyeff.cli._demo_report import BATCHES, Choice, Findings, print_findings, write_report
 from pyeff.measure import measure_latency
@@ -69,7 +70,9 @@ def run_study(out: Path, epochs: int, seed: int, budgets: Budgets, console: Cons
         dense.append(Trainer(alone, [task]).fit(overwrite=True))
     console.print(f"Training the HydraNet for task {tasks[0].name} ...")
     hydranet = _study_hydranet(config, tasks[0], dense[0])
-    findings = _compare(config, tasks, (nested, dense), budgets, hydranet)
+    console.print("Training ERFNet on drawn streets ...")
+    streets = _study_streets(out / "streets", epochs, seed)
+    findings = _compare(config, tasks, (nested, dense), budgets, (hydranet, streets))
     print_findings(findings, console)
     plot_levels(findings.nested, out / "levels.png", dense=findings.dense)
     write_report(findings, out / "levels.png", out / "report.html")
@@ -90,10 +93,11 @@ def _compare(
     tasks: list[TaskData],
     results: tuple[TrainResult, list[TrainResult]],
     budgets: Budgets,
-    hydranet: HydraFindings,
+    others: tuple[HydraFindings, StreetFindings | str],
 ) -> Findings:
     """Costs, latencies and the choice of a level."""
     nested, dense = results
+    hydranet, streets = others
     model = cast(NestedResNet, nested.model)
     levels: list[LevelResult] = []
     alone: list[LevelResult] = []
@@ -108,6 +112,7 @@ def _compare(
         choices.append(_choose(model, task, nested, mine, budgets))
     facts = pyeff.info()
     training = nested.seconds + sum(result.seconds for result in dense) + hydranet.seconds
+    training += 0.0 if isinstance(streets, str) else streets.seconds
     return Findings(
         nested=levels,
         dense=alone,
@@ -124,7 +129,16 @@ def _compare(
             f"{facts['threads']} threads, seed {config.seed}, {training:.0f} s of training"
         ),
         hydranet=hydranet,
+        streets=streets,
     )
+
+
+def _study_streets(out: Path, epochs: int, seed: int) -> StreetFindings | str:
+    """ERFNet's part, or what keeps it from being evaluated: the rest of the demo needs it not."""
+    try:
+        return study_streets(out, epochs, seed)
+    except ImportError as error:
+        return str(error)
 
 
 def _study_hydranet(config: TrainConfig, task: TaskData, dense: TrainResult) -> HydraFindings:

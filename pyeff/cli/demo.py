@@ -1,4 +1,4 @@
-"""`pyeff demo`: nested networks and a HydraNet in minutes, from bundled data to a page."""
+"""`pyeff demo`: nested networks, a HydraNet and ERFNet in minutes, from bundled data to a page."""
 
 import sys
 from pathlib import Path
@@ -27,11 +27,11 @@ def demo(
         float | None, typer.Option(help="Most milliseconds for one image.")
     ] = None,
 ) -> None:
-    """Train a nested network and a HydraNet on bundled digits, beside dense networks.
+    """Train a nested network and a HydraNet on bundled digits, and ERFNet on drawn streets.
 
     Two tasks (which digit, odd or even), four levels, one set of weights; beside it the plain
     network, trained alone on each task; and a HydraNet, of whose five branches an image runs some.
-    Writes report.html, levels.png, the checkpoints.
+    ERFNet labels the pixels of street scenes. Writes report.html, levels.png, the checkpoints.
 
     Example: pyeff demo --out demo_out --budget-params 30000
     """

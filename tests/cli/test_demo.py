@@ -1,12 +1,16 @@
 import base64
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import pyeff
+from pyeff.cli import _demo_study
+from pyeff.cli._demo_erfnet import print_streets, streets_section
 from pyeff.cli.main import app
 
 
@@ -54,7 +58,7 @@ def test_it_ends_well_and_says_where_the_report_is(run):
 
 def test_the_report_needs_nothing_else(page, run):
     assert page.outside == []
-    pictures = ["levels.png", "hydranet/branches.png"]
+    pictures = ["levels.png", "hydranet/branches.png", "streets/frames.png"]
     for image, name in zip(page.images, pictures, strict=True):
         assert base64.b64decode(image.partition("base64,")[2]) == (run[0] / name).read_bytes()
     assert "url(" not in (run[0] / "report.html").read_text()
@@ -76,7 +80,7 @@ def test_the_report_has_every_level_beside_the_dense_network(page):
 
 def test_the_report_has_the_hydranet_with_every_number_of_branches(page, run):
     out, result = run
-    rows = [row for row in page.rows if row][10:]
+    rows = [row for row in page.rows if row][10:16]
     names = ["1 of 5", "2 of 5 (as trained)", "3 of 5", "4 of 5", "5 of 5", "dense, alone"]
     assert [row[0] for row in rows] == names
     macs = [int(row[2].replace(",", "")) for row in rows]
@@ -88,6 +92,33 @@ def test_the_report_has_the_hydranet_with_every_number_of_branches(page, run):
     owned = torch.bincount(model.class_group)
     assert owned.tolist() == [2] * 5
     assert "Digits of each branch: 0: " in result.output
+
+
+def test_the_report_has_erfnet_and_its_dense_form(page, run):
+    out, result = run
+    pairs, dense = [row for row in page.rows if row][16:]
+    model = pyeff.load(out / "streets")
+    cost = model.costs((60, 80))
+    assert pairs[:3] == ["pairs of 3 x 1 and 1 x 3", f"{cost.params:,}", f"{cost.macs:,}"]
+    assert dense[0] == "3 x 3, not trained"
+    assert int(dense[2].replace(",", "")) > cost.macs
+    assert all(float(row[3]) > 0 for row in (pairs, dense))
+    words = " ".join(result.output.split())
+    assert re.search(r"On 32 other scenes the mean IoU is \d+\.\d%", words)
+
+
+def test_without_what_evaluates_erfnet_the_rest_is_shown_and_it_is_said(monkeypatch):
+    message = "torchmetrics is needed to evaluate, got one that does not load"
+
+    def refuse(*arguments):
+        raise ImportError(message)
+
+    monkeypatch.setattr(_demo_study, "study_streets", refuse)
+    found = _demo_study._study_streets(Path("nowhere"), 1, 0)
+    console = Console(record=True, width=200)
+    print_streets(found, console)
+    assert f"ERFNet on drawn streets was left out: {message}" in console.export_text()
+    assert message in streets_section(found)
 
 
 def test_the_budget_decides_the_level(run):
