@@ -25,6 +25,17 @@ def nested_conv2d_forward(
     out_index: Tensor | None,
     problem: tuple[int, ...],
 ) -> None: ...
+def sampler_conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
 def nested_conv2d_grad_input(
     grad_y: Tensor,
     weight: Tensor,

@@ -9,6 +9,7 @@ void bind_call_key(pybind11::module_& m);
 void bind_factorized_conv2d(pybind11::module_& m);
 void bind_info(pybind11::module_& m);
 void bind_nested_conv2d(pybind11::module_& m);
+void bind_sampler_conv2d(pybind11::module_& m);
 void bind_top_k_routes(pybind11::module_& m);
 }  // namespace pyeff::bindings
 
@@ -21,5 +22,6 @@ PYBIND11_MODULE(_C, m) {
   pyeff::bindings::bind_factorized_conv2d(m);
   pyeff::bindings::bind_info(m);
   pyeff::bindings::bind_nested_conv2d(m);
+  pyeff::bindings::bind_sampler_conv2d(m);
   pyeff::bindings::bind_top_k_routes(m);
 }

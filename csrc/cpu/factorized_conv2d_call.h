@@ -124,19 +124,42 @@ class PairRows {
   void close(Index n, Index h, const RowOut<R>& out) {
     if (call_.gate.data != nullptr) apply_gate(n, h, out);
     if (direct_) return;
-    T* to = row_of_y(n, h);
-    for (Index c = 0; c < call_.y.cols; ++c) {
-      const R* from = out.data + c * out.pixel;
-      T* pixel = to + c * call_.y.col_stride;
-      if constexpr (std::is_same_v<T, R>) {
-        std::memcpy(pixel, from, static_cast<std::size_t>(call_.y.channels) * sizeof(T));
-      } else {
-        for (Index l = 0; l < call_.y.channels; ++l) narrow(from[l], pixel[l]);
-      }
+    if constexpr (std::is_same_v<T, R>) {
+      copy_pixels(out.data, row_of_y(n, h));
+    } else {
+      narrow_pixels(out.data, row_of_y(n, h));
     }
   }
 
  private:
+  // A pixel is copied in whole pieces; what they write beyond it the next pixel writes again.
+  void copy_pixels(const T* from, T* to) const {
+    constexpr std::size_t kPiece = 32;
+    static_assert(kNarrow * sizeof(T) % kPiece == 0);
+    const Index channels = call_.y.channels, cols = call_.y.cols;
+    const auto bytes = static_cast<std::size_t>(channels) * sizeof(T);
+    const Index dense = call_.y.col_stride == channels ? (cols * channels - pixel_) / channels : 0;
+    Index c = 0;
+    for (; c < dense; ++c, from += pixel_, to += channels) {
+      for (std::size_t b = 0; b < bytes; b += kPiece) {
+        std::memcpy(reinterpret_cast<char*>(to) + b, reinterpret_cast<const char*>(from) + b,
+                    kPiece);
+      }
+    }
+    for (; c < cols; ++c, from += pixel_, to += call_.y.col_stride) std::memcpy(to, from, bytes);
+  }
+
+  void narrow_pixels(const R* from, T* to) const {
+    const Index channels = call_.y.channels, cols = call_.y.cols;
+    if (pixel_ == channels && call_.y.col_stride == channels) {
+      for (Index i = 0; i < cols * channels; ++i) narrow(from[i], to[i]);
+      return;
+    }
+    for (Index c = 0; c < cols; ++c, from += pixel_, to += call_.y.col_stride) {
+      for (Index l = 0; l < channels; ++l) narrow(from[l], to[l]);
+    }
+  }
+
   void apply_gate(Index n, Index h, const RowOut<R>& out) {
     using A = Accumulator<R>;
     const Image<const T>& gate = call_.gate;

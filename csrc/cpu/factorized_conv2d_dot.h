@@ -235,9 +235,11 @@ class DotLineConv {
     call.out_pixel = out.pixel;
     call.activation = line_.activation;
     call.bounds = bounds_of<float>(line_.activation);
+    const bool dense = layout.in == kNarrow && a_pixel == kNarrow;
     for (Index lane = 0; lane < layout.lanes(); lane += kPanel) {
       call.b_step = layout.width(lane);
-      call.tap_count = list_taps(row_taps, tap_count, lane);
+      const bool constant = dense && call.b_step != kPanel;
+      call.tap_count = list_taps(row_taps, tap_count, lane, !constant);
       call.init = line_.init + lane;
       if (line_.scale != nullptr) {
         call.scale = line_.scale + lane;
@@ -245,10 +247,9 @@ class DotLineConv {
       }
       call.out = out.data + lane;
       call.residual = out.residual == nullptr ? nullptr : out.residual + lane;
-      const bool dense = layout.in == kNarrow && a_pixel == kNarrow;
       if (call.b_step == kPanel) {
         run_row<0, 2>(call, cols, between);
-      } else if (dense) {
+      } else if (constant) {
         run_row<kNarrow, 1>(call, cols, between);
       } else {
         run_row<0, 1>(call, cols, between);
@@ -273,13 +274,13 @@ class DotLineConv {
     }
   }
 
-  // Neighbouring taps whose pixels follow each other become one longer sum. With kNarrow channels
-  // side by side every tap is one.
-  Index list_taps(const RowTap<Row>* row_taps, Index tap_count, Index lane) const {
+  // Neighbouring taps whose pixels follow each other become one longer sum where they may: a tile
+  // of a constant number of channels takes every tap as one.
+  Index list_taps(const RowTap<Row>* row_taps, Index tap_count, Index lane, bool merge) const {
     const LineLayout& layout = line_.layout;
     const auto* weights = reinterpret_cast<const std::uint32_t*>(line_.pairs);
     const Index width = layout.width(lane), pairs = layout.pairs();
-    const bool merges = layout.in % 2 == 0 && layout.in != kNarrow;
+    const bool merges = merge && layout.in % 2 == 0;
     Index count = 0;
     for (Index t = 0; t < tap_count; ++t) {
       const std::uint16_t* a = row_taps[t].a;

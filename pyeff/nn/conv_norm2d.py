@@ -1,6 +1,6 @@
 """A convolution and the batch norm after it, which are one convolution in inference."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,19 @@ from torch.fx import Proxy
 
 from pyeff.nn.factorized_conv2d import check_activation
 from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
+from pyeff.ops import _sampler_conv2d as samplers
 from pyeff.reference.factorized_conv2d import activation
 
 
-class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
+class _Folded(NamedTuple):
+    """Weight and bias of the one convolution."""
+
+    weight: Tensor
+    bias: Tensor
+    native: samplers.SamplerConv | None  # of a transposed one, for calls without gradients
+
+
+class ConvNorm2d(FoldsNorms[_Folded]):
     """``norm(conv(x))``; in eval mode with the norm folded into the convolution's weights.
 
     Args:
@@ -57,7 +66,10 @@ class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
         if isinstance(x, Proxy) or not (is_affine(self.norm) and self.is_whole):
             y = self.norm(self.conv(x))
             return activation(y if residual is None else y + residual, outer)
-        y = _convolve(self.conv, x, *self._folded_for(x, residual))
+        weight, shift, native = self._folded_for(x, residual)
+        if native is not None and samplers.takes(native, x, residual):
+            return samplers.convolve(native, x, residual, outer)
+        y = _convolve(self.conv, x, weight, shift)
         if torch.is_grad_enabled():
             return activation(y if residual is None else y + residual, outer)
         if residual is not None:
@@ -67,8 +79,7 @@ class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
     def _folded_tensors(self) -> list[Tensor]:
         return [*self.conv.parameters(), *norm_tensors(self.norm)]
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution."""
+    def _fold(self) -> _Folded:
         weight, bias = self.conv.weight, self.conv.bias
         scale, shift = norm_affine(self.norm)
         if bias is not None:
@@ -76,7 +87,13 @@ class ConvNorm2d(FoldsNorms[tuple[Tensor, Tensor]]):
         outputs = 1 if isinstance(self.conv, nn.ConvTranspose2d) else 0
         shape = [1, 1, 1, 1]
         shape[outputs] = -1
-        return (weight * scale.view(shape)).to(weight.dtype), shift.to(weight.dtype)
+        return _Folded((weight * scale.view(shape)).to(weight.dtype), shift.to(weight.dtype), None)
+
+    def _fold_once(self) -> _Folded:
+        folded = super()._fold_once()
+        if not isinstance(self.conv, nn.ConvTranspose2d):
+            return folded  # of ordinary convolutions PyTorch's are as fast
+        return folded._replace(native=samplers.prepare(self.conv, folded.weight, folded.bias))
 
 
 def _convolve(

@@ -1,5 +1,7 @@
 """ERFNet's layer that halves the size of a map: a convolution and a pooling side by side."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,8 +9,17 @@ from torch.fx import Proxy
 
 from pyeff.nn.folding import FoldsNorms, is_affine, norm_affine, norm_tensors
 from pyeff.nn.non_bottleneck_1d import EPS
+from pyeff.ops import _sampler_conv2d as samplers
 
-_Folded = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class _Folded(NamedTuple):
+    """The convolution with its norm, and what the pooled channels have left of theirs."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    native: samplers.SamplerConv | None  # for calls without gradients
 
 
 class Downsampler(FoldsNorms[_Folded]):
@@ -53,12 +64,13 @@ class Downsampler(FoldsNorms[_Folded]):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[N, C, H, W]`` to ``[N, F, ceil(H / 2), ceil(W / 2)]``."""
-        pooled = _pool(x)
         if isinstance(x, Proxy) or not (is_affine(self.norm) and self.is_whole):
-            return F.relu(self.norm(torch.cat([self.conv(x), pooled], 1)), inplace=True)
-        weight, bias, scale, shift = self._folded_for(x)
+            return F.relu(self.norm(torch.cat([self.conv(x), _pool(x)], 1)), inplace=True)
+        weight, bias, scale, shift, native = self._folded_for(x)
+        if native is not None and samplers.takes(native, x):
+            return samplers.convolve_and_pool(native, x, scale, shift, "relu")
         convolved = F.conv2d(x, weight, bias, 2, 1)
-        return F.relu(torch.cat([convolved, _affine(pooled, scale, shift)], 1), inplace=True)
+        return F.relu(torch.cat([convolved, _affine(_pool(x), scale, shift)], 1), inplace=True)
 
     def _folded_tensors(self) -> list[Tensor]:
         return [*self.conv.parameters(), *norm_tensors(self.norm)]
@@ -71,14 +83,18 @@ class Downsampler(FoldsNorms[_Folded]):
         gain, offset = scale[:outputs], shift[:outputs]
         if bias is not None:
             offset = offset + gain * bias
-        folded = (
+        tensors = (
             weight * gain[:, None, None, None],
             offset,
             scale[outputs:],
             shift[outputs:],
         )
-        first, second, third, fourth = (t.to(weight.dtype) for t in folded)
-        return first, second, third, fourth
+        first, second, third, fourth = (t.to(weight.dtype) for t in tensors)
+        return _Folded(first, second, third, fourth, None)
+
+    def _fold_once(self) -> _Folded:
+        folded = super()._fold_once()
+        return folded._replace(native=samplers.prepare(self.conv, folded.weight, folded.bias))
 
 
 def _pool(x: Tensor) -> Tensor:

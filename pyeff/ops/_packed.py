@@ -48,6 +48,11 @@ def packed_line(weight: Tensor, winograd: bool) -> Tensor | None:
     return _packed_copy(weight, ("line", winograd), _pack_line)
 
 
+def pack_line(weight: Tensor) -> Tensor:
+    """A packed form that the caller keeps: of a CPU weight [O, I, n, 1], without Winograd."""
+    return _pack_line(weight, ("line", False))
+
+
 def _packed_copy(weight: Tensor, form: Any, pack: Callable[[Tensor, Any], Tensor]) -> Tensor | None:
     """The copy in one form; a weight has one, that of the last form it was asked for in.
 
