@@ -25,11 +25,11 @@ def contract(
     mode, with those of the members run one by one.
 
     Args:
-        model: any network; one without expanded layers is copied.
+        model: any network; one without expanded layers is copied, and not compared.
         example: its input, or several.
         tolerance: how far the outputs of the network and of each layer may lie apart, relative to
             the largest; by default what rounding of the weights can make of it, 100 units of the
-            network's precision.
+            network's precision, or 1000 where it cannot be run in float64.
 
     Returns:
         A new network in the mode of the given one. Of a network of :mod:`pyeff.models` ``config``
@@ -84,10 +84,10 @@ def contract_with_report(
         for name, layer in found.items()
     )
     report = ContractReport(layers, (parameter_count(model), parameter_count(small)))
-    if inputs is None:
+    if inputs is None or not found:
         return small, report
-    limit = default_tolerance(model) if tolerance is None else tolerance
     seen = compare(model, small, inputs, {name: name for name in found})
+    limit = default_tolerance(model, seen.precision) if tolerance is None else tolerance
     _check_difference(seen, limit)
     return small, _with_comparison(report, seen, limit)
 

@@ -34,7 +34,7 @@ class ContractReport:
         layers: every expanded layer, in the order of the modules.
         parameters: of the whole network, before and after.
         difference: largest difference of the network's output on the example, in eval mode;
-            ``None`` without an example.
+            ``None`` without an example or without an expanded layer.
         relative: the same over the largest output.
         tolerance: what ``relative`` of the network and of every layer was held to.
         precision: the dtype of the comparison; the weights are those of the networks as they are.

@@ -136,8 +136,25 @@ def test_networks_without_expanded_layers_are_copied():
     assert same is not model
     assert torch.equal(same[0].weight, model[0].weight)
     assert report.layers == ()
-    assert report.relative == 0
-    assert report.worst is None
+    assert report.relative is report.worst is None
+
+
+class OnlySingle(nn.Module):
+    """A network that makes a tensor of a fixed precision within."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = ExpandedConv2d(3, 4, 5)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) @ torch.eye(4)
+
+
+def test_networks_that_cannot_run_in_double_precision_are_compared_in_their_own():
+    report = contract_with_report(OnlySingle(), torch.randn(2, 3, 7, 7))[1]
+    assert report.precision == "float32"
+    assert report.tolerance == 1000 * torch.finfo(torch.float32).eps
+    assert report.relative < report.tolerance / 100
 
 
 def test_modes_and_frozen_layers_are_kept():
