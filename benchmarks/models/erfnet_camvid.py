@@ -175,6 +175,7 @@ def time_inference(plan: Plan, arms: list[str], threads: int) -> list[dict[str, 
     """Milliseconds a picture of both forms, timed in turn, at the training size."""
     prefer_this_process()
     forms = [arm for arm in arms if arm in FORMS]
+    dense = "dense" if "dense" in forms else None
     height, width = plan.recipe["size"]
     rows: list[dict[str, Any]] = []
     for name, dtype in DTYPES.items():
@@ -194,7 +195,9 @@ def time_inference(plan: Plan, arms: list[str], threads: int) -> list[dict[str, 
                     "threads": threads,
                     "form": form,
                     "ms_a_picture": 1e3 * timed.time(form).median / batch,
-                    "dense_over_it": vars(timed.speedup(form, "dense")) if "dense" in forms else {},
+                    "dense_over_it": (
+                        vars(timed.speedup(form, dense)) if dense and form != dense else None
+                    ),
                     "clean": timed.clean,
                 }
                 for form in forms
