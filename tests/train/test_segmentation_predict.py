@@ -3,10 +3,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from train.segmentation_tiny import segmentation_config, write_picture
 from train.tiny import tiny_config
 
-from pyeff.train import Trainer
+from pyeff.train import Trainer, progress_bar
 from pyeff.train.segmentation_data import IGNORE
 from pyeff.train.segmentation_overlay import coloured, label_png, overlay, png
 from pyeff.train.segmentation_predict import Segmenter, gather, predict_files
@@ -87,6 +88,21 @@ def test_files_and_what_is_in_them(run, tmp_path):
     name, share = max(found[0].shares.items(), key=lambda item: item[1])
     assert share == pytest.approx((labels == segmenter.class_names.index(name)).mean())
     assert found[0].seconds > 0
+
+
+def test_a_bar_counts_the_files_on_a_terminal(run, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress_bar, "Console", lambda stderr: Console(file=screen, force_terminal=True)
+    )
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / name, picture())
+    predict_files(Segmenter(run), [str(tmp_path)], str(tmp_path / "out"))
+    assert "b.png" in screen.getvalue()
+    assert "2/2" in screen.getvalue()
+    shown = screen.tell()
+    predict_files(Segmenter(run), [str(tmp_path)], str(tmp_path / "out"), shown=False)
+    assert screen.tell() == shown
 
 
 def test_a_picture_that_a_camera_took_upright_is_labelled_upright(run, tmp_path):
