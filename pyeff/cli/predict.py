@@ -35,7 +35,7 @@ def predict_erfnet(
         typer.Option(help="HEIGHTxWIDTH that the network sees, or own; by default as trained."),
     ] = None,
     opacity: Annotated[float, typer.Option(help="Of the colours, 0 to 1.")] = 0.5,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16: weights and maps.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str | None, typer.Option(help="Force one backend of the operators (torch, cpp, ...).")

@@ -36,7 +36,8 @@ class Segmenter:
         size: ``(H, W)`` that the network sees; ``None`` for the size that it was trained at.
         own_size: the network sees every picture at the picture's own size instead.
         device: ``cpu``, ``cuda`` or ``auto``.
-        precision: ``fp32``, or ``bf16`` (autocast).
+        precision: ``fp32`` (of a network that was trained in float64, that), or ``bf16``: weights
+            and maps in bfloat16.
 
     Attributes:
         model: the network, in eval mode.
@@ -81,9 +82,11 @@ class Segmenter:
         self.size: tuple[int, int] | None = None if own_size else (size or trained)
         self.device = choose_device(device)
         self.model = rebuild(tensors, meta, checkpoint).to(self.device)
+        if precision == "bf16":
+            # Not autocast: it would round every weight again at every call.
+            self.model.to(torch.bfloat16)
         lay_out(self.model, torch.channels_last)
         self._dtype = next(self.model.parameters()).dtype
-        self._autocast = precision == "bf16"
 
     def label(self, image: np.ndarray) -> np.ndarray:
         """Labels a picture.
@@ -98,9 +101,8 @@ class Segmenter:
         seen = resized(image, self.size or (image.shape[0], image.shape[1]))
         x = to_input(torch.from_numpy(seen.copy()).unsqueeze(0)).to(self.device, self._dtype)
         with torch.inference_mode():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                logits = self.model(x)
-            logits = logits.float() if self._autocast else logits
+            logits = self.model(x)
+            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
             if logits.shape[2:] != image.shape[:2]:
                 own = (image.shape[0], image.shape[1])
                 logits = functional.interpolate(logits, own, mode="bilinear", align_corners=False)

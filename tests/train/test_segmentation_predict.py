@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from train.segmentation_tiny import segmentation_config, write_picture
@@ -65,7 +66,9 @@ def test_labels_have_the_picture_s_size(run):
     # At its own size nothing is scaled; the network sees other pixels.
     assert Segmenter(run, own_size=True).label(picture(size=(17, 19))).shape == (17, 19)
     assert Segmenter(run, size=(24, 40)).size == (24, 40)
-    assert Segmenter(run, precision="bf16").label(picture()).shape == (20, 30)
+    half = Segmenter(run, precision="bf16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert (half.label(picture()) == labels).mean() > 0.7
 
 
 def test_files_and_what_is_in_them(run, tmp_path):
