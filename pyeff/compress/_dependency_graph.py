@@ -14,6 +14,7 @@ from pyeff._extras import require
 from pyeff.nn.folding import layers_apart
 
 OP = "channel_groups"
+_TOLD = ("_ElementWiseOp", "_ConcatOp")
 
 
 class Entry(nn.Module):
@@ -156,21 +157,32 @@ def _graph_class(pruning: ModuleType, shapes: _Shapes) -> Any:
                 node.type = pruning.ops.OPTYPE.ELEMENTWISE
         return nodes
 
-    def told(infer: Any) -> Any:
+    infer_shapes = pruning.dependency.shape_infer
+
+    def told(infer: Any, walk: Any) -> Any:
         def channels(self: Any, at: Any) -> Any:
             found = infer(self, at)
             node = at if hasattr(at, "grad_fn") else self.module2node.get(at)
-            if found is None and type(node.module).__name__ in ("_ElementWiseOp", "_ConcatOp"):
-                return shapes.channels.get(node.grad_fn)
-            return found
+            if found is not None or type(node.module).__name__ not in _TOLD or self.walks:
+                return found
+            # Neighbours know better: shapes do not say which dimension counts the channels.
+            self.walks = True
+            try:
+                known = walk(self, node, [0])
+            finally:
+                self.walks = False
+            return shapes.channels.get(node.grad_fn) if known is None else known
 
         return channels
 
     base = pruning.DependencyGraph
     methods = {
         "_trace": trace,
-        "get_out_channels": told(base.get_out_channels),
-        "get_in_channels": told(base.get_in_channels),
+        "walks": False,
+        "get_out_channels": told(
+            base.get_out_channels, infer_shapes.infer_out_channels_recursively
+        ),
+        "get_in_channels": told(base.get_in_channels, infer_shapes.infer_in_channels_recursively),
     }
     return type("Graph", (base,), methods)
 

@@ -78,6 +78,24 @@ class Shuffled(nn.Module):
         return self.last(F.relu(x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)))
 
 
+class Inverted(nn.Module):
+    """A block of ConvNeXt: linear layers over the last axis of a map, with a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.narrow = (
+            nn.Conv2d(3, 8, 2, 2),
+            nn.Linear(8, 24),
+            nn.Linear(24, 8),
+        )
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.narrow(F.gelu(self.wide(x.permute(0, 2, 3, 1))))
+        return self.last(x + y.permute(0, 3, 1, 2))
+
+
 NETWORKS = {
     "chain": chain(
         conv(3, 8, 3, padding=1), nn.ReLU, conv(8, 6, 3, padding=1), nn.ReLU, conv(6, 4, 1)
@@ -128,6 +146,7 @@ NETWORKS = {
     "concat": Concat,
     "gated": Gated,
     "shuffled": Shuffled,
+    "inverted": Inverted,
 }
 
 

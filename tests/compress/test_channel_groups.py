@@ -141,6 +141,14 @@ class OverInput(nn.Module):
         return F.log_softmax(self.head(F.relu(self.free(x))), 1)
 
 
+def test_channels_may_lie_on_the_last_axis():
+    net = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 3))
+    for shape in ((2, 6), (2, 5, 6), (2, 5, 4, 6)):
+        assert [(g.name, g.channels) for g in channel_groups(net, torch.randn(shape))] == [
+            ("0", 20)
+        ]
+
+
 def test_what_cannot_be_removed_is_left_out_with_its_reason():
     found = map_channels(OverInput(), image())
     assert [group.name for group in found.groups] == ["free"]
