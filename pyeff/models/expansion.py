@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyeff.measure import LevelCost, measure_cost
-from pyeff.models.described import replace_layer
 from pyeff.nn import ExpandedConv2d, ExpandedLinear, Reparam
 
 _ACTIVATIONS = (None, "relu")
@@ -167,9 +166,10 @@ def as_it_runs(model: ExpandableNet) -> nn.Module:
     Args:
         model: the network; not changed.
     """
-    copied = copy.deepcopy(model)
-    for name, layer in list(copied.named_modules()):
+    # What deepcopy takes for the copy of a layer, in every place that the layer has.
+    memo: dict[int, Any] = {}
+    for layer in model.modules():
         chain = isinstance(layer, ExpandedConv2d | ExpandedLinear)
         if isinstance(layer, Reparam) or (chain and layer.activation is None):
-            replace_layer(copied, name, layer.contract())
-    return copied
+            memo[id(layer)] = layer.contract()
+    return copy.deepcopy(model, memo)

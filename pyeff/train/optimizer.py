@@ -98,14 +98,15 @@ def add_product_decay(model: nn.Module, weight_decay: float) -> None:
     """Adds to the gradients what weight decay on the contracted weights would.
 
     That is the gradient of ``weight_decay / 2 * sum ||W||^2`` over the expanded layers, W being the
-    weight that a layer contracts to.
+    weight that a layer contracts to. Weights that are frozen get none.
 
     Args:
         model: after its backward pass.
         weight_decay: the factor.
     """
     chains = [chain for _, chain in _chains(model)]
-    factors = [cast(Tensor, member.weight) for chain in chains for member in chain.members]
+    weights = [cast(Tensor, member.weight) for chain in chains for member in chain.members]
+    factors = [weight for weight in weights if weight.requires_grad]
     if not factors or not weight_decay:
         return
     penalty = torch.stack([chain.product_norm() for chain in chains]).sum()

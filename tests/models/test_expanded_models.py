@@ -21,6 +21,7 @@ from pyeff.models import (
     unet_small,
     yolo_lite,
 )
+from pyeff.models.expansion import as_it_runs
 from pyeff.nn import ExpandedConv2d
 
 MAKERS = (alexnet_small, mobilenet_v1, mobilenet_v2, shufflenet_v2_x0_5, unet_small, yolo_lite)
@@ -199,3 +200,10 @@ def test_images_that_are_too_small():
         alexnet_small(5, n=128)(torch.randn(1, 3, 62, 70))
     with pytest.raises(ValueError, match=r"YoloLite: x must be .* at least 32 rows and columns"):
         yolo_lite()(torch.randn(1, 3, 31, 64))
+
+
+def test_a_layer_with_two_names_runs_contracted_in_both():
+    layer = ExpandedConv2d(3, 3, 3, padding=1)
+    runs = as_it_runs(nn.Sequential(layer, nn.ReLU(), layer))
+    assert type(runs[0]) is nn.Conv2d
+    assert runs[2] is runs[0]

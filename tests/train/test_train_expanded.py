@@ -90,6 +90,17 @@ def test_decay_of_the_product_starts_gradients_and_may_be_nothing():
     assert model[0].members[0].bias.grad is None
 
 
+def test_decay_of_the_product_leaves_frozen_chains_alone():
+    model = chains()
+    model[0].requires_grad_(False)
+    model[2].members[1].weight.requires_grad_(False)
+    add_product_decay(model, 0.1)
+    assert all(member.weight.grad is None for member in model[0].members)
+    assert [member.weight.grad is None for member in model[2].members] == [False, True, False]
+    model.requires_grad_(False)
+    add_product_decay(model, 0.1)
+
+
 def test_what_the_optimiser_decays():
     model = chains()
     names = {p: n for n, p in model.named_parameters()}
