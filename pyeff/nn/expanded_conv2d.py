@@ -41,10 +41,10 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
     A layer has two forms that compute the same and have the same gradients. ``"expanded"`` runs the
     members. ``"contracted"`` composes their weights, differentiably, and runs one convolution of
     the compact size: the map between the members is never made, so a step costs about what the
-    compact layer costs where maps have many pixels. ``"auto"`` takes the one that a model of their times calls faster; that is
-    the contracted one but for maps of few pixels. In eval mode without gradient a layer always
-    runs as the one convolution that :meth:`contract` gives. Hooks on the members see calls in
-    expanded form only.
+    compact layer costs where maps have many pixels. ``"auto"`` takes the one that a model of their
+    times calls faster; that is the contracted one but for maps of few pixels. In eval mode without
+    gradient a layer always runs as the one convolution that :meth:`contract` gives. Hooks on the
+    members see calls in expanded form only.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
