@@ -296,11 +296,15 @@ class FactorizedConv2d(FoldsNorms[_Folded]):
         )
 
     def _folded_tensors(self) -> list[Tensor]:
-        tensors = norm_tensors(self.norm_outer)
-        if self.norm_inner is not None:
-            tensors += [*self.first.parameters(), *norm_tensors(self.norm_inner)]
+        tensors = norm_tensors(self.norm_outer) + norm_tensors(self.norm_inner)
+        members = self._members()
+        if members is None:
+            return tensors + list(self.parameters())
+        folded = [members.first[-1]] if self.norm_inner is not None else []
         if self.norm_outer is not None and not self.is_whole:
-            tensors += self.second.parameters()
+            folded.append(members.second[-1])
+        for conv in folded:
+            tensors += [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
         return tensors
 
     def _fold(self) -> _Folded:
