@@ -290,6 +290,25 @@ def test_expanded_layers_shrink_and_are_not_factored():
         compress.LowRank(model, strength=0.1)
 
 
+@pytest.mark.parametrize("mode", ["ck", "dbb"])
+@torch.no_grad()
+def test_shrunk_expanded_networks_are_saved_and_contract(mode, tmp_path):
+    model, x = expand(models.smallnet(), mode=mode).eval(), torch.randn(1, 3, 32, 32)
+    chain = mode == "ck"
+    inner = model.conv1.members[-1:] if chain else model.conv1.branches.modules()
+    for layer in inner:
+        if isinstance(layer, nn.Conv2d):
+            layer.weight[:2].zero_()
+            if layer.bias is not None:
+                layer.bias[:2].zero_()
+    shrunk = compress.shrink(model, x)
+    small = contract(shrunk, x)
+    assert small.conv1.weight.shape == (6, 3, 7, 7)
+    for network in (shrunk, small):
+        pyeff.save(network, tmp_path / "net.safetensors")
+        assert torch.equal(pyeff.load(tmp_path / "net.safetensors")(x), network(x))
+
+
 # They read the weights of their convolutions, to fold norms or to fuse pairs.
 READERS = {
     "pair": lambda: FactorizedConv2d(4, 4, 5, padding=2, norm="both"),
