@@ -158,7 +158,7 @@ def _channel_axis(module: nn.Module) -> int:
 
 
 def _differing(one: Tensor, other: Tensor, axis: int) -> set[int]:
-    differs = _differs(one, other).movedim(axis, 0).flatten(1).any(1)
+    differs = _differs(one, other).movedim(axis, 0).unsqueeze(-1).flatten(1).any(1)
     return set(differs.nonzero().flatten().tolist())
 
 

@@ -164,6 +164,12 @@ class _Plan:
     shapes: _Shapes | None
     only_if: str
 
+    @property
+    def images(self) -> _Shapes:
+        """The shapes of one image each; inputs may come without a batch."""
+        own = 1 if isinstance(self.layer, nn.Linear) else 3
+        return [shape if len(shape) == own else shape[1:] for shape in self.shapes or []]
+
     def run(
         self, about: LayerFactors, rule: RankRule, form: str
     ) -> tuple[LayerFactors, nn.Module | None]:
@@ -193,8 +199,8 @@ class _Plan:
             rank=rank,
             error=cut.error(rank),
             params_after=sum(p.numel() for p in pair.parameters()),
-            macs=None if self.shapes is None else _macs(self.layer, self.shapes),
-            macs_after=None if self.shapes is None else _macs(pair, self.shapes),
+            macs=None if self.shapes is None else _macs(self.layer, self.images),
+            macs_after=None if self.shapes is None else _macs(pair, self.images),
         )
 
     def _too_dear(self, result: LayerFactors) -> str | None:
@@ -216,10 +222,10 @@ def _cost_after(layer: LayerFactors) -> int:
     return cast(int, after)
 
 
-def _macs(layer: nn.Module, shapes: _Shapes) -> int:
+def _macs(layer: nn.Module, images: _Shapes) -> int:
     """Multiply-adds of one image, over all calls."""
     counted = copy.deepcopy(layer).to("meta")
-    return sum(cost.macs for shape in shapes for cost in layer_costs(counted, tuple(shape[1:]))[0])
+    return sum(cost.macs for image in images for cost in layer_costs(counted, image)[0])
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -291,6 +291,17 @@ def test_example_shows_which_layers_are_called():
     assert report.difference > 0
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv2d(6, 8, 3), (6, 9, 8)), (nn.Linear(10, 7), (10,))]
+)
+def test_an_example_without_a_batch(layer, shape):
+    x = torch.randn(shape)
+    _, one = factorize_with_report(layer, RankRule(rank=2), example=x)
+    _, batch = factorize_with_report(layer, RankRule(rank=2), example=x[None])
+    assert one.layers[0].macs == batch.layers[0].macs > 0
+    assert one.layers[0].macs_after == batch.layers[0].macs_after
+
+
 def test_named_layers_and_named_ranks():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     small = factorize(model, rank=2, layers=["2"])

@@ -77,6 +77,16 @@ def test_filters_that_read_dead_channels_only_go_too():
     assert torch.equal(report.carry("4.bias", model[4].bias), model[4].bias)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 5, 6), (2, 5, 4, 6)])
+def test_linear_layers_take_vectors_of_any_arrangement(shape):
+    model = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)).double()
+    zero(model[0], slice(0, 4))
+    x = image(model, shape)
+    small = shrink(model, x)
+    assert (small[0].out_features, small[2].in_features) == (8, 8)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_small_filters_count_as_zero_below_the_threshold():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(6, 4, 3))
     x = torch.randn(X)
