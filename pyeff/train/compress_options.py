@@ -1,5 +1,6 @@
 """What ``--compress`` says: which regularisers, how strong, and how the network is made smaller."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ def _strength(value: Any) -> float | str:
     if value == "auto":
         return "auto"
     number = float(value)
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise ValueError("be auto or above 0")
     return number
 

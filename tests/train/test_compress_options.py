@@ -40,6 +40,7 @@ def test_what_was_checked_is_left_as_it_is():
         ("group=much", "group must be a number, got 'much'"),
         ("group=0", "group must be auto or above 0, got '0'"),
         ("rank=nan", "rank must be auto or above 0, got 'nan'"),
+        ("group=inf", "group must be auto or above 0, got 'inf'"),
         ("group=1,alpha=2", r"alpha must be in \[0, 1\], got '2'"),
         ("group=1,first_layers=1.5", "first_layers must be a number, got '1.5'"),
         ("group=1,floor=0", "floor must be a whole number of at least 1, got '0'"),
