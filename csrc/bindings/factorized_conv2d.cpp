@@ -45,7 +45,7 @@ void check_weight(const char* op, const TensorView& weight) {
 
 void check_winograd(const char* op, const TensorView& weight, std::int64_t stride) {
   if (!cpu::line_can_winograd(weight) || stride != 1) {
-    fail(op, "winograd needs float32, three taps and stride 1");
+    fail(op, "winograd needs float32 or bfloat16, three taps and stride 1");
   }
 }
 

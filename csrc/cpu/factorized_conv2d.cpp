@@ -9,6 +9,7 @@
 #include "cpu/factorized_conv2d_dot.h"
 #include "cpu/factorized_conv2d_kernels.h"
 #include "cpu/factorized_conv2d_memory.h"
+#include "cpu/factorized_conv2d_winograd_dot.h"
 #include "cpu/factorized_conv2d_winograd_pair.h"
 
 namespace pyeff::cpu::PYEFF_ISA {
@@ -52,13 +53,14 @@ void run(const TensorView& x, const Line& first, const Line* second, const Epilo
     if constexpr (std::is_same_v<T, BFloat16>) {
       auto call = make_call<std::uint16_t, T>(x, first, second, epilogue, y, conv);
       prepare(call);
+      if (conv.winograd) return run_winograd<DotWinogradLine>(call, conv.threads);
       return run_direct<DotLineConv>(call, conv.threads);
     }
 #endif
     auto call = make_call<T, T>(x, first, second, epilogue, y, conv);
     prepare(call);
     if constexpr (std::is_same_v<T, float>) {
-      if (conv.winograd) return run_winograd(call, conv.threads);
+      if (conv.winograd) return run_winograd<WinogradLine>(call, conv.threads);
     }
     run_direct<LineConv<Accumulator<T>>>(call, conv.threads);
   });

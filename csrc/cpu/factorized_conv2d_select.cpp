@@ -34,7 +34,8 @@ const FactorizedConv2dKernels& kernels() {
 }  // namespace
 
 bool line_can_winograd(const TensorView& weight) {
-  return weight.dtype == Dtype::kFloat32 && weight.shape[2] * weight.shape[3] == kWinogradTaps;
+  const bool known = weight.dtype == Dtype::kFloat32 || weight.dtype == Dtype::kBFloat16;
+  return known && weight.shape[2] * weight.shape[3] == kWinogradTaps;
 }
 
 std::int64_t factorized_conv2d_packed_elements(const TensorView& weight, bool winograd) {

@@ -65,17 +65,43 @@ void pack_line(const LineWeight<T>& weight, const LineLayout& layout, A* to) {
   }
 }
 
+// Of F(2, 3), in the signs that the combined inputs have.
+inline void transform_pair_taps(const float (&tap)[kWinogradTaps], float (&point)[kPairPoints]) {
+  const float even = tap[0] + tap[2];
+  point[0] = tap[0];
+  point[1] = 0.5f * (even + tap[1]);
+  point[2] = 0.5f * (even - tap[1]);
+  point[3] = tap[2];
+}
+
+// The channel at a place of the combined inputs: of a block the even ones lie before the odd ones.
+inline Index channel_at(Index place) {
+  const Index block = place / kPairBlock * kPairBlock, in_block = place - block;
+  constexpr Index kHalf = kPairBlock / 2;
+  return block + (in_block < kHalf ? 2 * in_block : 2 * (in_block - kHalf) + 1);
+}
+
 // The pairs of bfloat16 that follow the wide form; a missing channel is zero.
 inline void pack_pairs(const LineWeight<BFloat16>& weight, const LineLayout& layout,
                        std::uint16_t* to) {
+  const bool combines = layout.combines_pairs();
   for (Index lane = 0; lane < layout.lanes(); ++lane) {
     const Index panel = lane / kPanel * kPanel, width = layout.width(panel);
     for (Index i = 0; i < 2 * layout.pairs(); ++i) {
-      const bool missing = lane >= layout.out || i >= layout.in;
-      const BFloat16* from = weight.data + lane * weight.out_stride + i * weight.in_stride;
-      for (Index t = 0; t < layout.taps; ++t) {
+      const Index channel = combines ? channel_at(i) : i;
+      const bool missing = lane >= layout.out || channel >= layout.in;
+      const BFloat16* from = weight.data + lane * weight.out_stride + channel * weight.in_stride;
+      float taps[kWinogradTaps], points[kPairPoints];
+      if (combines && !missing) {
+        for (Index t = 0; t < kWinogradTaps; ++t) taps[t] = widen(from[t * weight.tap_stride]);
+        transform_pair_taps(taps, points);
+      }
+      for (Index t = 0; t < layout.pair_positions; ++t) {
         const Index pair = layout.pair_offset(panel, t) + i / 2 * width + lane - panel;
-        to[2 * pair + i % 2] = missing ? std::uint16_t{0} : from[t * weight.tap_stride].bits;
+        BFloat16 value{};
+        if (!missing && combines) narrow(points[t], value);
+        if (!missing && !combines) value = from[t * weight.tap_stride];
+        to[2 * pair + i % 2] = value.bits;
       }
     }
   }

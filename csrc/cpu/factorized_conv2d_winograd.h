@@ -9,14 +9,19 @@ namespace pyeff::cpu::PYEFF_ISA {
 namespace {
 
 // Pointers to pixels; whole vectors of channels can be read at every input.
+template <typename E, Index kPoints, Index kOutputs>
 struct WinogradItem {
-  const float* in[kWinogradPoints];
-  float* out[kWinogradOutputs];             // null where there is no such pixel
-  const float* residual[kWinogradOutputs];  // null where nothing is added
+  const E* in[kPoints];
+  E* out[kOutputs];             // null where there is no such pixel
+  const E* residual[kOutputs];  // null where nothing is added
 };
 
 class WinogradLine {
  public:
+  using Element = float;
+  using Item = WinogradItem<float, kWinogradPoints, kWinogradOutputs>;
+  static constexpr int kOutputs = kWinogradOutputs, kPoints = kWinogradPoints;
+
   explicit WinogradLine(const LineKernel<float>& line)
       : line_(line),
         in_pixel_(band_pixel<float>(padded_lanes(line.layout.in), 1)),
@@ -24,6 +29,8 @@ class WinogradLine {
         clamps_(clamps(line.activation)),
         bounds_(bounds_of<float>(line.activation)) {}
 
+  // Of a pixel that is read, with those that are zero.
+  static Index readable_channels(Index channels) { return padded_lanes(channels); }
   static Index memory(const LineLayout& layout) {
     const Index in = band_pixel<float>(padded_lanes(layout.in), 1);
     const Index out = band_pixel<float>(layout.lanes(), 1);
@@ -33,7 +40,7 @@ class WinogradLine {
   // fill(q, item) describes item q of `count`; `memory` holds memory(layout) elements.
   template <typename Fill>
   void run(Index count, float* memory, const Fill& fill) const {
-    WinogradItem items[kChunk];
+    Item items[kChunk];
     float* const sums = memory + kWinogradPoints * kChunk * in_pixel_;
     const int tiles = static_cast<int>(ceil_div(count, kTilePixels));
     for (int t = 0; t < tiles; t += kChunkTiles) {
@@ -57,7 +64,7 @@ class WinogradLine {
   static constexpr Index kChunk = kChunkTiles * kTilePixels;
   using V = Vec<float>;
 
-  void transform_inputs(const WinogradItem& item, float* to) const {
+  void transform_inputs(const Item& item, float* to) const {
     const Index step = kChunk * in_pixel_, channels = padded_lanes(line_.layout.in);
     const float* const* in = item.in;
     for (Index c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
@@ -105,7 +112,7 @@ class WinogradLine {
     }
   }
 
-  void transform_outputs(const WinogradItem& item, const float* sums) const {
+  void transform_outputs(const Item& item, const float* sums) const {
     const Index step = kChunk * out_pixel_, lanes = line_.layout.lanes();
     for (Index l = 0; l < lanes; l += kLanes<float>) {
       const float* m = sums + l;
@@ -120,7 +127,7 @@ class WinogradLine {
     }
   }
 
-  void finish(const WinogradItem& item, int output, Index l, V v) const {
+  void finish(const Item& item, int output, Index l, V v) const {
     float* const out = item.out[output];
     if (out == nullptr) return;
     if (line_.scale != nullptr) v = v * load(line_.scale + l) + load(line_.shift + l);

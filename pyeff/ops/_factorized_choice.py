@@ -16,7 +16,8 @@ from pyeff.ops._dispatch import choose, forced_backend, measured_rates, winograd
 from pyeff.ops._factorized_pair import FactorPair, is_vertical_first, taps_of
 
 OP = "factorized_conv2d"
-_WINOGRAD_OUTPUTS = 4  # of F(4, 3), which multiplies half as often
+# Of F(m, 3), which multiplies m + 2 times where direct sums multiply 3 m times.
+_WINOGRAD_OUTPUTS = {torch.float32: 4}
 
 
 class Form(NamedTuple):
@@ -75,14 +76,18 @@ def backward_backend(x: Tensor) -> str:
 
 
 def line_winograd(x: Tensor, weight: Tensor, pair: FactorPair) -> bool:
-    """Whether a single line with a result of the size of ``x`` is faster so; for gradients."""
+    """Whether a single line with a result of the size of ``x`` is faster so; for gradients.
+
+    In bfloat16 never: inputs are rounded once more there.
+    """
     outputs, inputs = weight.shape[:2]
     length = x.shape[2] if is_vertical_first(weight) else x.shape[3]
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if x.dtype != torch.float32 or not _can_winograd(x, weight, pair):
+        return False
     line = _Line(inputs, outputs, pixels, length, taps_of(weight))
-    rates = measured_rates(OP, x)
-    times = [_seconds(line, pair, rates, winograd) for winograd in (False, True)]
-    return _can_winograd(x, weight, pair) and times[1] < times[0]
+    rates, group = measured_rates(OP, x), _WINOGRAD_OUTPUTS[x.dtype]
+    return _seconds(line, pair, rates, group) < _seconds(line, pair, rates)
 
 
 def estimates(
@@ -93,9 +98,10 @@ def estimates(
     lines = _lines(x, w_first, w_second, pair)
     result = {}
     for winograd in (False, True) if _can_winograd(x, w_first, pair) else (False,):
-        kernels = sum(_seconds(line, pair, rates, winograd) for line in lines) / threads
+        group = _WINOGRAD_OUTPUTS[x.dtype] if winograd else 0
+        kernels = sum(_seconds(line, pair, rates, group) for line in lines) / threads
         size = 8 if x.dtype == torch.float64 else 4  # of a packed weight
-        packed = size * sum(line.weights for line in lines) * (2 if winograd else 1)
+        packed = size * sum(line.weights for line in lines) * (group + 2 if winograd else 3) / 3
         # Both weights are read again for every row where the cache does not hold them.
         spilled = 1e-9 * max(0.0, packed - rates["cache_bytes"]) / rates["spill_gbyte_per_s"]
         result[Form("fused", winograd)] = kernels + spilled
@@ -123,18 +129,18 @@ def _lines(x: Tensor, w_first: Tensor, w_second: Tensor, pair: FactorPair) -> tu
     return first, second
 
 
-def _seconds(line: _Line, pair: FactorPair, rates: dict[str, float], winograd: bool) -> float:
-    """Of one line on one thread."""
+def _seconds(line: _Line, pair: FactorPair, rates: dict[str, float], group: int = 0) -> float:
+    """Of one line on one thread; ``group`` is m of Winograd's F(m, 3), 0 for direct sums."""
     direct = line.gflop / rates["gflop_per_s"]
-    if not winograd:
+    if group == 0:
         return direct
-    # Pixels ``dilation`` apart are computed four at a time: some of the last four are not there.
+    # Pixels ``dilation`` apart are computed m at a time: some of the last ones are not there.
     run = max(1, line.length // pair.dilation)
-    filled = run / (_WINOGRAD_OUTPUTS * ceil(run / _WINOGRAD_OUTPUTS))
+    filled = run / (group * ceil(run / group))
     transforms = line.pixels * (line.inputs + line.outputs) * rates["transform_s"]
-    return direct / 2 / filled + transforms
+    return direct * (group + 2) / (3 * group) / filled + transforms
 
 
 def _can_winograd(x: Tensor, weight: Tensor, pair: FactorPair) -> bool:
-    fits = x.dtype == torch.float32 and taps_of(weight) == 3 and pair.stride == 1
+    fits = x.dtype in _WINOGRAD_OUTPUTS and taps_of(weight) == 3 and pair.stride == 1
     return fits and winograd_allowed()

@@ -43,7 +43,7 @@ def packed_line(weight: Tensor, winograd: bool) -> Tensor | None:
 
     Args:
         weight: [O, I, n, 1] or [O, I, 1, n].
-        winograd: For Winograd's F(4, 3).
+        winograd: For Winograd's F(4, 3), or F(2, 3) in bfloat16.
     """
     return _packed_copy(weight, ("line", winograd), _pack_line)
 
