@@ -287,7 +287,7 @@ def test_load_backbone_errors():
 
 def test_build_errors():
     with pytest.raises(
-        ValueError, match=r"family must be one of backbone, .*dvn, .*nestednet, .*got 'x'"
+        ValueError, match=r"family must be one of .*backbone, .*dvn, .*nestednet, .*got 'x'"
     ):
         build({"family": "x"})
     with pytest.raises(ValueError, match="config must hold the arguments of dvn"):
