@@ -89,7 +89,8 @@ def shrink_groups_in_metric(
         raise ValueError(f"{name}: metric must be {list(z.shape)}, got {list(metric.shape)}")
     d = metric.double()
     if not bool((d > 0).all()):
-        raise ValueError(f"{name}: metric must be positive, got {float(d.min())}")
+        least = float(d.min()) + 0.0  # + 0.0: which sign a zero has differs between processors
+        raise ValueError(f"{name}: metric must be positive, got {least:g}")
     b = soft_threshold(d * wide, _per_group(name, "l1", l1, wide)[:, None])
     limit = _per_group(name, "tau", tau, wide)
     alive = b.norm(dim=1) > limit

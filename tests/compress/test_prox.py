@@ -167,7 +167,7 @@ Z = torch.randn(3, 4)
         (lambda: shrink_groups(Z, float("nan")), "tau must not be negative, got nan"),
         (lambda: shrink_groups(Z, torch.ones(2)), "tau must be a number or one for each of 3"),
         (lambda: shrink_groups_in_metric(Z, Z[:2], 1.0), r"metric must be \[3, 4\], got \[2, 4\]"),
-        (lambda: shrink_groups_in_metric(Z, Z * 0, 1.0), "metric must be positive, got 0"),
+        (lambda: shrink_groups_in_metric(Z, Z * -0.0, 1.0), "metric must be positive, got 0$"),
         (lambda: shrink_singular_values(Z[0], 1.0), "matrix must have 2 dimensions"),
         (lambda: shrink_singular_values(Z, -1.0), "tau must not be negative"),
         (lambda: shrink_singular_values(Z, 1.0, route="qr"), "route must be one of 'auto', 'svd'"),
