@@ -129,9 +129,8 @@ def pair_candidates(case: Case, compiles: bool) -> dict[str, Candidate]:
         "eager NCHW": eager_nchw(pair, d),
         "eager channels_last": eager_channels_last(pair, d),
         "prepacked": prepacked(pair, d),
+        DIRECT: without_winograd(ours),
     }
-    if case.dtype == "float32":
-        ways[DIRECT] = without_winograd(ours)
     if compiles:
         ways["torch.compile"] = compiled(pair, d)
     return ways

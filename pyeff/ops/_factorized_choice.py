@@ -17,7 +17,7 @@ from pyeff.ops._factorized_pair import FactorPair, is_vertical_first, taps_of
 
 OP = "factorized_conv2d"
 # Of F(m, 3), which multiplies m + 2 times where direct sums multiply 3 m times.
-_WINOGRAD_OUTPUTS = {torch.float32: 4}
+_WINOGRAD_OUTPUTS = {torch.float32: 4, torch.bfloat16: 2}
 
 
 class Form(NamedTuple):

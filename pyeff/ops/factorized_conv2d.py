@@ -59,9 +59,9 @@ def factorized_conv2d(
 
     Twice differentiable in every tensor. The backward computes the map between the convolutions
     again instead of storing it; it stores its inputs, and with an outer relu or relu6 the result.
-    Deterministic. In float32 the CPU kernels may compute a 3-tap convolution by Winograd's
-    F(4, 3), which ``pyeff.winograd`` turns off; what is not finite then reaches every pixel of the
-    groups of four that read it, as NaN.
+    Deterministic. The CPU kernels may compute a 3-tap convolution by Winograd's F(4, 3) in float32
+    and by F(2, 3) in bfloat16, which ``pyeff.winograd`` turns off; what is not finite then reaches
+    every pixel of the groups of four, or two, that read it, as NaN.
 
     Source: Alvarez and Petersson, "DecomposeMe: Simplifying ConvNets for End-to-End Learning",
     2016; Romera et al., "ERFNet: Efficient Residual Factorized ConvNet for Real-Time Semantic
