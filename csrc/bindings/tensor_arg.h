@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/dlpack.h"
+#include "pyeff/config.h"
 #include "pyeff/tensor_view.h"
 
 namespace pyeff::bindings {
@@ -29,6 +30,7 @@ class TensorArg {
 
   // The stream on which the framework would run its next kernel for this tensor.
   void* current_stream() const {
+    if constexpr (kEmulatedGpu) return reinterpret_cast<void*>(kEmulatedStream);
     void* stream = nullptr;
     if (api_.current_stream(dlpack::kCuda, view_.device_index, &stream) != 0) {
       throw py::error_already_set();
@@ -95,7 +97,9 @@ class TensorArg {
   }
 
   static Device to_device(dlpack::Device d, const char* name) {
-    if (d.type == dlpack::kCpu || d.type == dlpack::kCudaHost) return Device::kCpu;
+    if (d.type == dlpack::kCpu || d.type == dlpack::kCudaHost) {
+      return kEmulatedGpu ? Device::kCuda : Device::kCpu;
+    }
     if (d.type == dlpack::kCuda) return Device::kCuda;
     throw py::value_error(std::string(name) + " must be on a CPU or CUDA device");
   }

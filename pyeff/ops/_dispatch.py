@@ -14,6 +14,7 @@ from torch import Tensor
 from pyeff import _C
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
+cuda_is_emulated = False  # tests set it, who run the CUDA kernels on CPU tensors
 _forced: ContextVar[str | None] = ContextVar("pyeff_backend", default=None)
 _winograd: ContextVar[bool] = ContextVar("pyeff_winograd", default=True)
 
@@ -155,13 +156,15 @@ def _check_usable(op: str, name: str, x: Tensor) -> str:
         raise ValueError(f"{op}: backend {name} must get CUDA tensors, got {x.device}")
     if name == "triton":
         _require_triton(op)
+    if name == "cuda" and not cuda_is_emulated and not _C.cuda_info()["built"]:
+        raise RuntimeError(f"{op}: backend cuda is not in this build; build it where nvcc is")
     return name
 
 
 def _interpreted(name: str) -> bool:
-    """Triton's interpreter runs kernels on CPU tensors; tests do that."""
-    if name != "triton":
-        return False
+    """Whether kernels run on CPU tensors: Triton's in its interpreter, CUDA's in tests."""
+    if name == "cuda":
+        return cuda_is_emulated
     _require_triton("backend")
     import triton
 
