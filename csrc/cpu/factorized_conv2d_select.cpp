@@ -3,6 +3,7 @@
 
 #include "cpu/factorized_conv2d_kernels.h"
 #include "cpu/factorized_conv2d_layout.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace pyeff::cpu {
@@ -49,6 +50,7 @@ void factorized_conv2d_pack(const TensorView& weight, bool winograd, const Tenso
 void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line* second,
                                const Epilogue& epilogue, const TensorView& y,
                                const FactorizedConv2d& conv) {
+  ask_for_huge_pages(y);
   kernels().forward(x, first, second, epilogue, y, conv);
 }
 

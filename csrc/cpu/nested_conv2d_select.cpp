@@ -1,6 +1,7 @@
 // Chooses the object file of the instruction set in use. Compiled once; nested_conv2d.cpp and
 // nested_conv2d_grad_weight.cpp are compiled once per instruction set.
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/nested_conv2d_kernels.h"
 #include "cpu/packed_layout.h"
@@ -45,6 +46,7 @@ void nested_conv2d_pack(const TensorView& weight, const TensorView& packed, std:
 
 void nested_conv2d_forward(const TensorView& x, const TensorView& weight, const TensorView* packed,
                            const TensorView* bias, const TensorView& y, const NestedConv2d& conv) {
+  ask_for_huge_pages(y);
   kernels().forward(x, weight, packed, bias, y, conv);
 }
 

@@ -1,6 +1,7 @@
 // Chooses the object file of the instruction set in use. Compiled once; sampler_conv2d.cpp is
 // compiled once per instruction set.
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/sampler_conv2d_kernels.h"
 
@@ -35,6 +36,7 @@ const SamplerConv2dKernels& kernels() {
 void sampler_conv2d_forward(const TensorView& x, const Line& line, const TensorView* residual,
                             const Pooling* pooling, const TensorView& y,
                             const SamplerConv2d& conv) {
+  ask_for_huge_pages(y);
   kernels().forward(x, line, residual, pooling, y, conv);
 }
 

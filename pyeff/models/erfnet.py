@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyeff.measure import LevelCost, measure_cost
 from pyeff.nn import Downsampler, NonBottleneck1d, Upsampler
 from pyeff.nn.factorized_conv2d import ORDERS
+from pyeff.nn.packed_conv_transpose2d import PackedConvTranspose2d
 
 STRIDE = 8  # of the encoder
 
@@ -172,6 +173,6 @@ def erfnet(
         Upsampler(quarter, half),
         block(half),
         block(half),
-        nn.ConvTranspose2d(half, classes, 2, 2),
+        PackedConvTranspose2d(half, classes, 2, 2),
     )
     return ERFNet(encoder, decoder, None, config)
