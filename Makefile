@@ -9,7 +9,8 @@ STAMP  := $(VENV)/.installed
 # Tests and benchmarks share their cores with other processes: a spinning OpenMP thread costs a
 # whole time slice there, a sleeping one does not.
 RUN    := OMP_WAIT_POLICY=passive
-PYTEST := $(RUN) $(BIN)/python -m pytest
+# Two workers: most tests are Python and small kernels, which leave a second core idle.
+PYTEST := $(RUN) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 NATIVE  = $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
