@@ -53,6 +53,38 @@ def nested_conv2d_grad_weight(
     problem: tuple[int, ...],
 ) -> None: ...
 
+# CUDA; problem ends with (tf32, large tiles, shares) in place of threads. workspace is None with
+# one share, else [shares, elements] in the type of the sums: the elements of y, of grad_x, or
+# o * kh * kw * i / groups. grad_weight is written at the selection alone.
+def nested_conv2d_forward_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    workspace: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+def nested_conv2d_grad_input_cuda(
+    grad_y: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    workspace: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+def nested_conv2d_grad_weight_cuda(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    workspace: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+
 # --- branches; B branches, k of them for each of N images -----------------------------------------
 #
 # index is int32 [N, k], contiguous; a value outside of [0, B) is a ValueError that names it.
@@ -88,6 +120,30 @@ def branch_conv2d_grad_weight(
     grad_y: Tensor,
     x: Tensor,
     index: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# CUDA: weight (of grad_input [B, C, O / groups, kh, kw]) has its third dimension innermost in
+# memory; grad_weight is contiguous. order and offsets are what branch_plan_cuda wrote.
+def branch_conv2d_forward_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
+def branch_conv2d_grad_input_cuda(
+    grad_y: Tensor, weight: Tensor, index: Tensor, grad_x: Tensor, problem: tuple[int, ...]
+) -> None: ...
+def branch_conv2d_grad_weight_cuda(
+    grad_y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    order: Tensor,
+    offsets: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
     problem: tuple[int, ...],
@@ -131,9 +187,45 @@ def combine_grad_projection(
     threads: int,
 ) -> None: ...
 
+# CUDA: the same on a GPU, with the pairs by branch that branch_plan_cuda wrote.
+def combine_forward_cuda(
+    y: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    route_weight: Tensor,
+    out: Tensor,
+) -> None: ...
+def combine_grad_input_cuda(
+    grad_out: Tensor,
+    y: Tensor,
+    projection: Tensor,
+    index: Tensor,
+    route_weight: Tensor,
+    grad_y: Tensor | None,
+    grad_route_weight: Tensor | None,
+) -> None: ...
+def combine_grad_projection_cuda(
+    grad_out: Tensor,
+    y: Tensor,
+    index: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    route_weight: Tensor,
+    grad_projection: Tensor,
+) -> None: ...
+
 # scores [N, B], any floating-point dtype, any strides; index int32 [N, k], contiguous, is written:
 # by falling score, ties to the lower number. NaN is a ValueError, and so is k > B.
 def top_k_routes(scores: Tensor, index: Tensor) -> None: ...
+
+# CUDA: weight and its gradient [N, k] and grad_scores [N, B] are contiguous, of one dtype; order
+# int32 [N * k], offsets int32 [B + 1]. See csrc/pyeff/top_k_routes.h.
+def top_k_routes_cuda(scores: Tensor, index: Tensor, weight: Tensor, softmax: bool) -> None: ...
+def top_k_routes_grad_cuda(
+    grad_weight: Tensor, index: Tensor, weight: Tensor, grad_scores: Tensor
+) -> None: ...
+def branch_plan_cuda(index: Tensor, order: Tensor, offsets: Tensor) -> None: ...
 
 # --- a whole branch; see csrc/pyeff/branch_stage.h ------------------------------------------------
 
@@ -152,6 +244,17 @@ def branch_stage_pack(
 # contiguous; y [N, k, C', H', W'] with C' innermost, or [N, k, F'] contiguous.
 def branch_stage_forward(
     program: BranchStageProgram, x: Tensor, index: Tensor, packed: Tensor, y: Tensor, threads: int
+) -> None: ...
+
+# CUDA: weights [B, ...] in the dtype of x and vectors [B, ...] in that of its sums, in the form of
+# csrc/cuda/branch_stage_layout.h. NotImplementedError for what a block cannot hold.
+def branch_stage_forward_cuda(
+    program: BranchStageProgram,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    vectors: Tensor,
+    y: Tensor,
 ) -> None: ...
 
 # --- factorised pairs; see csrc/pyeff/factorized_conv2d.h -----------------------------------------
@@ -219,5 +322,56 @@ def factorized_conv2d_line_grad_weight(
     x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
+    problem: tuple[int, ...],
+) -> None: ...
+
+# CUDA: the same on a GPU, without packed forms; in place of winograd stands tf32, whether products
+# of float32 are rounded to TF32. Weights are read fastest with what a sum runs over innermost.
+# Biases, scale and shift have the dtype of the maps or float32. A pair may be run by one kernel
+# where it fits; a line has any stride and padding. partial is contiguous, float32, or float64 for
+# float64 maps. Maps of 2^30 pixels or more are a NotImplementedError.
+def factorized_conv2d_fits_cuda(
+    w_first: Tensor, w_second: Tensor, y: Tensor, problem: tuple[int, ...]
+) -> bool: ...
+def factorized_conv2d_forward_cuda(
+    x: Tensor,
+    w_first: Tensor,
+    b_first: Tensor | None,
+    w_second: Tensor,
+    b_second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    problem: tuple[int, ...],
+) -> None: ...
+def factorized_conv2d_line_forward_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    vertical: bool,
+    problem: tuple[int, ...],
+) -> None: ...
+def factorized_conv2d_line_grad_input_cuda(
+    grad_y: Tensor,
+    weight: Tensor,
+    before: Tensor | None,
+    grad_x: Tensor,
+    vertical: bool,
+    problem: tuple[int, ...],
+) -> None: ...
+def factorized_conv2d_partial_elements_cuda(
+    grad_y: Tensor, weight: Tensor, problem: tuple[int, ...]
+) -> int: ...
+def factorized_conv2d_line_grad_weight_cuda(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    partial: Tensor,
+    vertical: bool,
     problem: tuple[int, ...],
 ) -> None: ...

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bindings/branch_arg.h"
+#include "bindings/gpu_arg.h"
 
 namespace pyeff::bindings {
 namespace {
@@ -20,6 +21,10 @@ void check_weight(const char* op, const TensorView& weight, std::int64_t groups)
   }
   if (weight.shape[1] % groups != 0) fail(op, "groups must divide the weight's output channels");
   if (!is_floating_point(weight.dtype)) fail(op, "weight must be a floating-point tensor");
+}
+
+void check_cpu_weight(const char* op, const TensorView& weight, std::int64_t groups) {
+  check_weight(op, weight, groups);
   require_contiguous(op, weight);
   require_on_cpu(op, weight);
 }
@@ -67,8 +72,7 @@ struct Call {
         index(index_, "routes.index"),
         conv(read_problem(op, integers)) {
     check_weight(op, weight, conv.groups);
-    require_index(op, index);
-    require_branches(op, index, weight->shape[0]);
+    require_routes(op, index);
   }
 
   std::int64_t inputs() const { return weight->shape[2] * conv.groups; }
@@ -76,6 +80,16 @@ struct Call {
 
   TensorArg weight, index;
   BranchConv2d conv;
+};
+
+struct CpuCall : Call {
+  CpuCall(const char* op, py::handle weight_, const char* weight_name, py::handle index_,
+          const py::tuple& integers)
+      : Call(op, weight_, weight_name, index_, integers) {
+    check_cpu_weight(op, weight, conv.groups);
+    require_index(op, index);
+    require_branches(op, index, weight->shape[0]);
+  }
 };
 
 // A bias or its gradient, [B, O].
@@ -89,14 +103,14 @@ void require_bias(const char* op, const std::optional<TensorArg>& bias, const Te
 std::int64_t packed_elements(py::handle weight_, std::int64_t groups) {
   constexpr const char* op = "branch_conv2d_packed_elements";
   const TensorArg weight(weight_, "weight");
-  check_weight(op, weight, read_groups(op, groups));
+  check_cpu_weight(op, weight, read_groups(op, groups));
   return cpu::branch_conv2d_packed_elements(weight, groups);
 }
 
 void pack(py::handle weight_, py::handle packed_, std::int64_t groups, std::int64_t threads_) {
   constexpr const char* op = "branch_conv2d_pack";
   const TensorArg weight(weight_, "weight"), packed(packed_, "packed");
-  check_weight(op, weight, read_groups(op, groups));
+  check_cpu_weight(op, weight, read_groups(op, groups));
   const int threads = read_threads(op, threads_);
   require_packed(op, packed, weight, cpu::branch_conv2d_packed_elements(weight, groups));
   const py::gil_scoped_release no_gil;
@@ -106,7 +120,7 @@ void pack(py::handle weight_, py::handle packed_, std::int64_t groups, std::int6
 void forward(py::handle x_, py::handle weight_, py::handle packed_, py::handle bias_,
              py::handle index_, py::handle y_, const py::tuple& integers) {
   constexpr const char* op = "branch_conv2d";
-  const Call call(op, weight_, "weight", index_, integers);
+  const CpuCall call(op, weight_, "weight", index_, integers);
   const TensorArg x(x_, "x"), y(y_, "y");
   const auto packed = optional_tensor(packed_, "packed");
   const auto bias = optional_tensor(bias_, "bias");
@@ -126,7 +140,7 @@ void forward(py::handle x_, py::handle weight_, py::handle packed_, py::handle b
 void grad_input(py::handle grad_y_, py::handle weight_, py::handle index_, py::handle grad_x_,
                 const py::tuple& integers) {
   constexpr const char* op = "branch_conv2d_grad_input";
-  const Call call(op, weight_, "weight", index_, integers);
+  const CpuCall call(op, weight_, "weight", index_, integers);
   const TensorArg grad_y(grad_y_, "grad_y"), grad_x(grad_x_, "grad_x");
   require_maps(op, grad_y, false, call.outputs(), call.index, call.weight);
   require_maps(op, grad_x, true, call.inputs(), call.index, call.weight);
@@ -138,7 +152,7 @@ void grad_input(py::handle grad_y_, py::handle weight_, py::handle index_, py::h
 void grad_weight(py::handle grad_y_, py::handle x_, py::handle index_, py::handle grad_weight_,
                  py::handle grad_bias_, const py::tuple& integers) {
   constexpr const char* op = "branch_conv2d_grad_weight";
-  const Call call(op, grad_weight_, "grad_weight", index_, integers);
+  const CpuCall call(op, grad_weight_, "grad_weight", index_, integers);
   const TensorArg grad_y(grad_y_, "grad_y"), x(x_, "x");
   const auto grad_bias = optional_tensor(grad_bias_, "grad_bias");
   require_maps(op, grad_y, false, call.outputs(), call.index, call.weight);
@@ -149,6 +163,87 @@ void grad_weight(py::handle grad_y_, py::handle x_, py::handle index_, py::handl
   const py::gil_scoped_release no_gil;
   cpu::branch_conv2d_grad_weight(grad_y, x, call.index, call.weight, view_or_null(grad_bias),
                                  call.conv);
+}
+
+// --- CUDA ----------------------------------------------------------------------------------------
+
+// [B, O, kh, kw, C / groups] in memory.
+void require_innermost(const char* op, const TensorView& weight) {
+  TensorView turned = weight;
+  turned.shape = {weight.shape[0], weight.shape[1], weight.shape[3], weight.shape[4],
+                  weight.shape[2]};
+  turned.stride = {weight.stride[0], weight.stride[1], weight.stride[3], weight.stride[4],
+                   weight.stride[2]};
+  require_contiguous(op, turned);
+}
+
+// The kernels number the blocks of a launch by 31 bits.
+void require_blocks(const char* op, const TensorView& maps) {
+  std::int64_t elements = maps.ndim == 5 ? maps.shape[0] * maps.shape[1] : maps.shape[0];
+  for (int d = maps.ndim - 3; d < maps.ndim; ++d) elements *= maps.shape[d];
+  require_countable(op, "elements of the result / 128", elements / 128);
+}
+
+void forward_cuda(py::handle x_, py::handle weight_, py::handle bias_, py::handle index_,
+                  py::handle y_, const py::tuple& integers) {
+  constexpr const char* op = "branch_conv2d";
+  const Call call(op, weight_, "weight", index_, integers);
+  const TensorArg x(x_, "x"), y(y_, "y");
+  const auto bias = optional_tensor(bias_, "bias");
+  require_innermost(op, call.weight);
+  require_maps(op, x, true, call.inputs(), call.index, call.weight);
+  require_maps(op, y, false, call.outputs(), call.index, call.weight);
+  require_blocks(op, y);
+  require_bias(op, bias, call.weight);
+  require_on_gpu(op, {&*call.weight, &*call.index});
+  if constexpr (kWithCuda) {
+    void* stream = x.current_stream();
+    const py::gil_scoped_release no_gil;
+    cuda::branch_conv2d_forward(x, call.weight, view_or_null(bias), call.index, y, call.conv,
+                                stream);
+  }
+}
+
+// weight [B, C, O / groups, kh, kw]: every group transposed.
+void grad_input_cuda(py::handle grad_y_, py::handle weight_, py::handle index_, py::handle grad_x_,
+                     const py::tuple& integers) {
+  constexpr const char* op = "branch_conv2d_grad_input";
+  const Call call(op, weight_, "weight", index_, integers);
+  const TensorArg grad_y(grad_y_, "grad_y"), grad_x(grad_x_, "grad_x");
+  require_innermost(op, call.weight);
+  require_maps(op, grad_y, false, call.inputs(), call.index, call.weight);
+  require_maps(op, grad_x, true, call.outputs(), call.index, call.weight);
+  require_blocks(op, grad_x);
+  require_on_gpu(op, {&*call.weight, &*call.index});
+  if constexpr (kWithCuda) {
+    void* stream = grad_y.current_stream();
+    const py::gil_scoped_release no_gil;
+    cuda::branch_conv2d_grad_input(grad_y, call.weight, call.index, grad_x, call.conv, stream);
+  }
+}
+
+void grad_weight_cuda(py::handle grad_y_, py::handle x_, py::handle index_, py::handle order_,
+                      py::handle offsets_, py::handle grad_weight_, py::handle grad_bias_,
+                      const py::tuple& integers) {
+  constexpr const char* op = "branch_conv2d_grad_weight";
+  const Call call(op, grad_weight_, "grad_weight", index_, integers);
+  const TensorArg grad_y(grad_y_, "grad_y"), x(x_, "x"), order(order_, "order");
+  const TensorArg offsets(offsets_, "offsets");
+  const auto grad_bias = optional_tensor(grad_bias_, "grad_bias");
+  require_contiguous(op, call.weight);
+  require_maps(op, grad_y, false, call.outputs(), call.index, call.weight);
+  require_maps(op, x, true, call.inputs(), call.index, call.weight);
+  require_blocks(op, grad_y);
+  require_bias(op, grad_bias, call.weight);
+  require_plan(op, order, offsets, call.index->shape[0] * call.index->shape[1],
+               call.weight->shape[0]);
+  require_on_gpu(op, {&*call.weight, &*call.index, &*order, &*offsets});
+  if constexpr (kWithCuda) {
+    void* stream = x.current_stream();
+    const py::gil_scoped_release no_gil;
+    cuda::branch_conv2d_grad_weight(grad_y, x, order, offsets, call.weight, view_or_null(grad_bias),
+                                    call.conv, stream);
+  }
 }
 
 }  // namespace
@@ -165,6 +260,14 @@ void bind_branch_conv2d(py::module_& m) {
         py::arg("index"), py::arg("grad_x"), py::arg("problem"), "Writes the gradient of x.");
   m.def("branch_conv2d_grad_weight", &grad_weight, py::arg("grad_y"), py::arg("x"),
         py::arg("index"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("problem"),
+        "Writes the gradients of weight and bias, zero for branches that no image chose.");
+  m.def("branch_conv2d_forward_cuda", &forward_cuda, py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("index"), py::arg("y"), py::arg("problem"), "Writes y.");
+  m.def("branch_conv2d_grad_input_cuda", &grad_input_cuda, py::arg("grad_y"), py::arg("weight"),
+        py::arg("index"), py::arg("grad_x"), py::arg("problem"), "Writes the gradient of x.");
+  m.def("branch_conv2d_grad_weight_cuda", &grad_weight_cuda, py::arg("grad_y"), py::arg("x"),
+        py::arg("index"), py::arg("order"), py::arg("offsets"), py::arg("grad_weight"),
+        py::arg("grad_bias"), py::arg("problem"),
         "Writes the gradients of weight and bias, zero for branches that no image chose.");
 }
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/branch_arg.h"
+#include "bindings/gpu_arg.h"
 
 namespace pyeff::bindings {
 namespace {
@@ -64,12 +65,10 @@ void pack(const StageProgram& program, const py::list& list, py::handle packed_,
 void check_index(const StageProgram& program, const TensorView& index, const TensorView& x) {
   const bool per_pair = x.ndim == (program.vector ? 3 : 5);
   require_shape(kOp, index, {x.shape[0], per_pair ? x.shape[1] : index.shape[1]});
-  require_branches(kOp, index, program.branches);
 }
 
 void check_input(const StageProgram& program, const TensorView& x) {
   const int rank = program.vector ? 2 : 4, channel = program.vector ? x.ndim - 1 : x.ndim - 3;
-  require_on_cpu(kOp, x);
   if (x.ndim != rank && x.ndim != rank + 1) fail(kOp, "x must have the rank of the program");
   if (x.shape[channel] != program.in_channels) {
     fail(kOp, "x must have the channels of the program");
@@ -106,8 +105,10 @@ void forward(const StageProgram& program, py::handle x_, py::handle index_, py::
   const TensorArg x(x_, "x"), index(index_, "routes.index"), packed(packed_, "packed"), y(y_, "y");
   const int threads = read_threads(kOp, threads_);
   require_index(kOp, index);
+  require_on_cpu(kOp, x);
   check_input(program, x);
   check_index(program, index, x);
+  require_branches(kOp, index, program.branches);
   check_output(program, x, index, y);
   require_packed(program, packed);
   if ((packed->dtype == Dtype::kFloat64) != (x->dtype == Dtype::kFloat64)) {
@@ -117,18 +118,76 @@ void forward(const StageProgram& program, py::handle x_, py::handle index_, py::
   cpu::branch_stage_forward(program, x, index, packed, y, threads);
 }
 
+// --- CUDA ----------------------------------------------------------------------------------------
+
+Dtype vector_dtype(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
+
+void require_parameters(const TensorView& t, Dtype dtype, std::int64_t branches,
+                        std::int64_t elements) {
+  constexpr std::uintptr_t kAlignment = 8;  // of what a lane reads at once
+  require_shape(kOp, t, {branches, elements});
+  require_contiguous(kOp, t);
+  if (t.dtype != dtype) fail(kOp, std::string(t.name) + " must have the dtype of the kernel's");
+  if (reinterpret_cast<std::uintptr_t>(t.data) % kAlignment != 0) {
+    fail(kOp, std::string(t.name) + " must be aligned to 8 bytes");
+  }
+}
+
+// What a block of the device cannot hold is refused.
+void require_room(const StageProgram& program, const TensorView& x) {
+  const bool map = !program.vector;
+  if constexpr (kWithCuda) {
+    const std::int64_t bytes = cuda::branch_stage_shared_bytes(
+        program, map ? x.shape[x.ndim - 2] : 1, map ? x.shape[x.ndim - 1] : 1, x.dtype);
+    const std::int64_t most = cuda::branch_stage_most_shared_bytes(x.device_index);
+    if (bytes >= 0 && bytes <= most) return;
+    fail_not_implemented(kOp, bytes < 0 ? "plan has too many steps or too large maps"
+                                        : "the maps of a branch need " + std::to_string(bytes) +
+                                              " bytes of shared memory, a block has " +
+                                              std::to_string(most));
+  }
+}
+
+void forward_cuda(const StageProgram& program, py::handle x_, py::handle index_,
+                  py::handle weights_, py::handle vectors_, py::handle y_) {
+  const TensorArg x(x_, "x"), index(index_, "routes.index"), y(y_, "y");
+  const TensorArg weights(weights_, "weights"), vectors(vectors_, "vectors");
+  require_routes(kOp, index);
+  check_input(program, x);
+  check_index(program, index, x);
+  check_output(program, x, index, y);
+  require_countable(kOp, "pairs", index->shape[0] * index->shape[1]);
+  require_on_gpu(kOp, {&*x, &*index, &*weights, &*vectors});
+  if constexpr (kWithCuda) {
+    const cuda::StageParameterSizes sizes = cuda::branch_stage_parameter_sizes(program, x->dtype);
+    require_parameters(weights, x->dtype, program.branches, sizes.weights);
+    require_parameters(vectors, vector_dtype(x->dtype), program.branches, sizes.vectors);
+    require_room(program, x);
+    void* stream = x.current_stream();
+    const py::gil_scoped_release no_gil;
+    cuda::branch_stage_forward(program, x, index, weights, vectors, y, stream);
+  }
+}
+
 }  // namespace
 
 void bind_branch_stage(py::module_& m) {
-  py::class_<StageProgram>(m, "BranchStageProgram", "The steps of a branch; see BranchPlan.")
+  py::class_<StageProgram>(m, "BranchStageProgram", py::module_local(),
+                           "The steps of a branch; see BranchPlan.")
       .def(py::init(&parse_stage_program), py::arg("integers"))
-      .def_property_readonly("packed_elements", &cpu::branch_stage_packed_elements,
-                             "How many elements the packed parameters of all branches have.");
+      .def_property_readonly(
+          "packed_elements",
+          [](const StageProgram& p) { return cpu::branch_stage_packed_elements(p); },
+          "How many elements the packed parameters of all branches have.");
   m.def("branch_stage_pack", &pack, py::arg("program"), py::arg("tensors"), py::arg("packed"),
         py::arg("threads"), "Writes the packed form of the parameters.");
   m.def("branch_stage_forward", &forward, py::arg("program"), py::arg("x"), py::arg("index"),
         py::arg("packed"), py::arg("y"), py::arg("threads"),
         "Writes y. See pyeff.ops.branch_stage.");
+  m.def("branch_stage_forward_cuda", &forward_cuda, py::arg("program"), py::arg("x"),
+        py::arg("index"), py::arg("weights"), py::arg("vectors"), py::arg("y"), "Writes y.");
 }
 
 }  // namespace pyeff::bindings

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "pyeff/stage_arena.h"
+
 namespace pyeff::cpu {
 namespace {
 
@@ -45,51 +47,6 @@ void surround(StageMap& source, const StageStep& step, const StageShape& result)
                                                  step.dilation_h, step.top, source.rows));
   source.right = std::max(source.right, beyond(result.cols, step.stride_w, step.kernel_w,
                                                step.dilation_w, step.left, source.cols));
-}
-
-// First free place in a scratch that earlier slots share as long as they are read.
-class Arena {
- public:
-  std::int64_t take(std::int64_t elements, int from, int until) {
-    std::int64_t offset = 0;
-    for (bool moved = true; moved;) {
-      moved = false;
-      for (const Taken& t : taken_) {
-        const bool together = t.from <= until && from <= t.until;
-        if (together && t.begin < offset + elements && offset < t.end) {
-          offset = t.end;
-          moved = true;
-        }
-      }
-    }
-    taken_.push_back({offset, offset + elements, from, until});
-    size_ = std::max(size_, offset + elements);
-    return offset;
-  }
-  std::int64_t size() const { return size_; }
-
- private:
-  struct Taken {
-    std::int64_t begin, end;
-    int from, until;
-  };
-  std::vector<Taken> taken_;
-  std::int64_t size_ = 0;
-};
-
-std::vector<int> last_uses(const StageProgram& program) {
-  std::vector<int> last(program.steps.size() + 1, 0);
-  for (std::size_t i = 0; i < program.steps.size(); ++i) {
-    const StageStep& step = program.steps[i];
-    const int now = static_cast<int>(i) + 1;
-    for (int s = 0; s < step.source_count; ++s) last[program.sources[step.first_source + s]] = now;
-    if (step.residual >= 0) last[step.residual] = now;
-    last[now] = now;
-  }
-  const int end = static_cast<int>(program.steps.size());
-  last[program.output] = end;
-  last[0] = end;  // the next branch reads it too
-  return last;
 }
 
 bool surrounded(const StageMap& map) { return map.top + map.bottom + map.left + map.right > 0; }
@@ -161,8 +118,9 @@ StageLayout lay_out(const StageProgram& program, const StageArguments& arguments
                             double(step.out * step.rows_in * taps_of(step));
   }
   choose_places(program, arguments, layout.maps);
-  const std::vector<int> last = last_uses(program);
-  Arena arena;
+  std::vector<int> last = last_uses(program);
+  last[0] = static_cast<int>(program.steps.size());  // the next branch reads the input too
+  StageArena arena;
   for (std::size_t slot = 0; slot < layout.maps.size(); ++slot) {
     StageMap& map = layout.maps[slot];
     if (map.place == StageMap::kInput) continue;

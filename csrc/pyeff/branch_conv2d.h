@@ -45,4 +45,24 @@ void branch_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
                                const TensorView* grad_bias, const BranchConv2d& conv);
 
 }  // namespace cpu
+
+// Weights have their input channels (of grad_input their output channels, weight [B, C, O / groups,
+// kh, kw]) side by side. Routes to no branch give zeros and get zero gradients.
+namespace cuda {
+
+void branch_conv2d_forward(const TensorView& x, const TensorView& weight, const TensorView* bias,
+                           const TensorView& index, const TensorView& y, const BranchConv2d& conv,
+                           void* stream);
+void branch_conv2d_grad_input(const TensorView& grad_y, const TensorView& weight,
+                              const TensorView& index, const TensorView& grad_x,
+                              const BranchConv2d& conv, void* stream);
+
+// grad_weight [B, O, C / groups, kh, kw], contiguous. order and offsets are the pairs by branch,
+// from branch_plan (pyeff/top_k_routes.h), of k routes an image.
+void branch_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
+                               const TensorView& order, const TensorView& offsets,
+                               const TensorView& grad_weight, const TensorView* grad_bias,
+                               const BranchConv2d& conv, void* stream);
+
+}  // namespace cuda
 }  // namespace pyeff

@@ -82,4 +82,29 @@ void branch_stage_forward(const StageProgram& program, const TensorView& x, cons
                           const TensorView& packed, const TensorView& y, int threads);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The parameters of a branch as pyeff/ops/_branch_stage_cuda.py arranges them, in the form of
+// cuda/branch_stage_layout.h: weights [B, ...] in the dtype of x, and vectors [B, ...] (biases,
+// scales and shifts), float32, or float64 for a float64 x.
+struct StageParameterSizes {
+  std::int64_t weights, vectors;  // of a branch, in elements
+};
+StageParameterSizes branch_stage_parameter_sizes(const StageProgram& program, Dtype dtype);
+
+// Bytes of shared memory that a block needs, or -1 where the program has too many steps.
+std::int64_t branch_stage_shared_bytes(const StageProgram& program, std::int64_t rows,
+                                       std::int64_t cols, Dtype dtype);
+
+// The most that a block of the device can have.
+std::int64_t branch_stage_most_shared_bytes(int device_index);
+
+// Routes to no branch give zeros. branch_stage_shared_bytes must be what a block of the device can
+// have.
+void branch_stage_forward(const StageProgram& program, const TensorView& x, const TensorView& index,
+                          const TensorView& weights, const TensorView& vectors, const TensorView& y,
+                          void* stream);
+
+}  // namespace cuda
 }  // namespace pyeff

@@ -7,7 +7,8 @@
 
 #include "pyeff/tensor_view.h"
 
-namespace pyeff::cpu {
+namespace pyeff {
+namespace cpu {
 
 // packed, from branch_conv2d_pack, and bias may be null.
 void combine_forward(const TensorView& y, const TensorView& projection, const TensorView* packed,
@@ -26,4 +27,24 @@ void combine_grad_projection(const TensorView& grad_out, const TensorView& y,
                              const TensorView& index, const TensorView& route_weight,
                              const TensorView& grad_projection, int threads);
 
-}  // namespace pyeff::cpu
+}  // namespace cpu
+
+// Routes to no branch add nothing and get zero gradients.
+namespace cuda {
+
+void combine_forward(const TensorView& y, const TensorView& projection, const TensorView* bias,
+                     const TensorView& index, const TensorView& route_weight, const TensorView& out,
+                     void* stream);
+void combine_grad_input(const TensorView& grad_out, const TensorView& y,
+                        const TensorView& projection, const TensorView& index,
+                        const TensorView& route_weight, const TensorView* grad_y,
+                        const TensorView* grad_route_weight, void* stream);
+
+// order and offsets are the pairs by branch, from branch_plan (pyeff/top_k_routes.h).
+void combine_grad_projection(const TensorView& grad_out, const TensorView& y,
+                             const TensorView& order, const TensorView& offsets,
+                             const TensorView& route_weight, const TensorView& grad_projection,
+                             void* stream);
+
+}  // namespace cuda
+}  // namespace pyeff

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyeff import _C
 from pyeff.ops import _branch_combine_torch as aten
+from pyeff.ops import _combine_cuda as cuda
 from pyeff.ops._branch_index import check_known_values, kernel_index
-from pyeff.ops._dispatch import choose, forced_backend, refuse_cuda
+from pyeff.ops._dispatch import choose, forced_backend
 from pyeff.ops._eager import needs_composition
 from pyeff.ops._packed import packed_weight
 from pyeff.ops._register import register
@@ -78,7 +79,8 @@ def _forward(
     if name == "triton":
         result: Tensor = _triton().forward(y, projection, bias, index, weight)
         return result
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.forward(y, projection, bias, index, weight)
     if name == "reference":
         return reference(y, projection, bias, index, weight)
     return aten.forward(y, projection, bias, index, weight)
@@ -115,7 +117,8 @@ def _grad_input(
         )
         none = y.new_empty(0)
         return grad_y if need_y else none, grad_weight if need_weight else none
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.grad_input(grad_out, y, projection, index, weight, need_y, need_weight)
     return aten.grad_input(grad_out, y, projection, index, weight, need_y, need_weight)
 
 
@@ -139,7 +142,8 @@ def _grad_projection(
         size = (branches, grad_out.shape[1], y.shape[2])
         result: Tensor = _triton().grad_projection(grad_out, y, size, index, weight)
         return result
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.grad_projection(grad_out, y, index, weight, branches)
     return aten.grad_projection(grad_out, y, index, weight, branches)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyeff import _C
+from pyeff.ops import _branch_conv2d_cuda as cuda
 from pyeff.ops import _branch_conv2d_torch as aten
 from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps, map_strides
-from pyeff.ops._dispatch import choose, refuse_cuda
+from pyeff.ops._dispatch import choose
 from pyeff.ops._packed import packed_weight
 from pyeff.reference.branch_conv2d import branch_conv2d as reference
 
@@ -44,7 +45,8 @@ def forward(
         return cpp_forward(_cpp(x, weight, index, conv), x, weight, packed, bias, index)
     if name == "triton":
         return _triton().forward(channels_innermost(x), weight, bias, index, *conv)
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.forward(x, weight, bias, index, conv, recording=recording)
     if name == "reference":
         return by_reference(x, weight, bias, index, conv)
     return aten.forward(x, weight, bias, index, conv)
@@ -74,7 +76,8 @@ def grad_input(
         return grad_x
     if name == "triton":
         return _triton().grad_input(channels_innermost(grad_y), weight, shape, index, *conv)
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.grad_input(grad_y, weight, index, shape, conv)
     return aten.grad_input(grad_y, weight, index, shape, conv)
 
 
@@ -111,7 +114,8 @@ def grad_weight(
         if not with_bias:
             return result, x.new_empty(0)
         return result, kernels.grad_bias(grad_y, index, size[0], plan=plan)
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.grad_weight(grad_y, x, index, size, with_bias, conv)
     bias = bias_gradient(grad_y, index, size[0]) if with_bias else x.new_empty(0)
     return aten.grad_weight(grad_y, x, index, size, conv), bias
 

@@ -1,7 +1,7 @@
-"""A branch plan as the CPU kernel takes it: its steps parsed and its parameters packed, once."""
+"""A branch plan as a kernel takes it: its steps parsed and its parameters packed, once."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,16 @@ class NativePlan:
 
     Attributes:
         program: The steps.
-        packed: The parameters of all branches.
+        packed: The parameters of all branches; for the CUDA kernel, the weights.
+        vectors: For the CUDA kernel, the other parameters.
     """
 
-    def __init__(self, program: "_C.BranchStageProgram", packed: Tensor) -> None:
+    def __init__(
+        self, program: "_C.BranchStageProgram", packed: Tensor, vectors: Tensor | None = None
+    ) -> None:
         self.program = program
         self.packed = packed
+        self.vectors = vectors
 
 
 class Known(NamedTuple):
@@ -52,8 +56,17 @@ class _Seen(NamedTuple):
     version: int
 
 
-class _Entry(NamedTuple):
+Pack = Callable[[Sequence[Tensor], tuple[int, ...], torch.dtype], NativePlan]
+
+
+class _Key(NamedTuple):
+    pack: Pack
+    dtype: torch.dtype
     integers: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    key: _Key
     parameters: list[_Seen]
     plan: NativePlan
 
@@ -63,25 +76,29 @@ _entries: WeakTensorCache[list[_Entry]] = WeakTensorCache()
 
 
 def native_plan(
-    tensors: Sequence[Tensor], integers: Sequence[int], dtype: torch.dtype
+    tensors: Sequence[Tensor],
+    integers: Sequence[int],
+    dtype: torch.dtype,
+    pack: Pack | None = None,
 ) -> NativePlan:
     """The plan that was lowered to these, packed anew where a parameter has changed.
 
     Args:
-        tensors: CPU tensors of one dtype.
+        tensors: Tensors of one dtype, on the CPU by default.
         integers: The program.
         dtype: Of the packed parameters, float32 or float64.
+        pack: Makes the plan; by default, that of the CPU kernel.
     """
-    key = tuple(integers)
+    key = _Key(pack or _pack, dtype, tuple(integers))
     if not tensors or any(t.is_inference() for t in tensors):
-        return _pack(tensors, key, dtype)
+        return key.pack(tensors, key.integers, dtype)
     entries = _entries.get(tensors[0]) or []
     for entry in entries:
-        if entry.integers == key and all(map(_unchanged, entry.parameters, tensors)):
+        if entry.key == key and all(map(_unchanged, entry.parameters, tensors)):
             return entry.plan
-    plan = _pack(tensors, key, dtype)
+    plan = key.pack(tensors, key.integers, dtype)
     seen = [_Seen(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
-    current = [e for e in entries if e.integers != key]
+    current = [e for e in entries if e.key != key]
     _entries.put(tensors[0], [*current, _Entry(key, seen, plan)])
     return plan
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pyeff import _C
-from pyeff.ops._dispatch import choose, refuse_cuda
+from pyeff.ops import _top_k_routes_cuda as cuda
+from pyeff.ops._dispatch import choose
 from pyeff.ops._register import register
 from pyeff.reference.top_k_routes import top_k_routes as reference
 
@@ -26,7 +27,8 @@ def forward(scores: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     if name == "triton":
         index, weight = _triton().forward(scores, k, "softmax" if softmax else "binary")
         return index, weight
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.forward(scores, k, softmax)
     if scores.is_cpu:
         refuse_nan(scores)
     return reference(scores, k, weights="softmax" if softmax else "binary")
@@ -48,7 +50,8 @@ def _grad_kernel(grad_weight: Tensor, index: Tensor, weight: Tensor, branches: i
     if name == "triton":
         grad: Tensor = _triton().grad_scores(grad_weight, index, weight, branches)
         return grad
-    refuse_cuda(OP, name)
+    if name == "cuda":
+        return cuda.grad_scores(grad_weight, index, weight, branches)
     slopes = torch.ops.aten._softmax_backward_data(grad_weight, weight, 1, weight.dtype)
     return _scatter(slopes, index, branches)
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff import _C
+from pyeff.ops import _branch_stage_cuda as cuda
 from pyeff.ops._branch_native import NativePlan, known, native_plan
 from pyeff.ops._branch_plan import BranchPlan
 from pyeff.ops._branch_steps import OP, Shape, Step
-from pyeff.ops._dispatch import choose, refuse_cuda
+from pyeff.ops._dispatch import choose
 from pyeff.reference.branch_stage import ACTIVATE, pool
 from pyeff.reference.branch_stage import branch_stage as reference
 
@@ -33,16 +34,17 @@ def call_of(x: Tensor, index: Tensor, plan: BranchPlan) -> Call:
 def forward(x: Tensor, index: Tensor, plan: BranchPlan, call: Call) -> Tensor:
     """y [N, k, ...], C innermost, for an int32 index whose values are checked."""
     name = call.backend
-    if name == "cpp":
+    if name in ("cpp", "cuda"):
         y = x.new_empty_strided(call.shape, call.strides)
         if index.shape[0] == 0:  # torch gives an empty batch no other layout
             return y
-        native = _native(plan, x.dtype)
         x = _channels_innermost(x, plan.vector)
+        if name == "cuda":
+            return cuda.forward(x, index, plan, y)
+        native = _native(plan, x.dtype)
         threads = torch.get_num_threads()
         _C.branch_stage_forward(native.program, x, index, native.packed, y, threads)
         return y
-    refuse_cuda(OP, name)
     tensors, _ = plan.lower()
     # Parameters may be float32 where x is of half precision.
     wide = x.to(tensors[0].dtype) if tensors else x

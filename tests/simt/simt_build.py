@@ -27,7 +27,32 @@ COMPILER = "g++"
 # Operator -> the sources of its kernels and its binding.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "probe": ("tests/simt/probe.cu",),
-    "nested_conv2d": ("csrc/bindings/nested_conv2d.cpp",),
+    "factorized_conv2d": (
+        "csrc/cuda/factorized_conv2d.cu",
+        "csrc/cuda/factorized_conv2d_grad_weight.cu",
+        "csrc/cuda/factorized_conv2d_line.cu",
+        "csrc/bindings/factorized_conv2d.cpp",
+        "csrc/bindings/factorized_conv2d_cuda.cpp",
+    ),
+    "branch_conv2d": (
+        "csrc/cuda/branch_conv2d.cu",
+        "csrc/cuda/branch_conv2d_grad_weight.cu",
+        "csrc/bindings/branch_conv2d.cpp",
+    ),
+    "branch_stage": (
+        "csrc/cuda/branch_stage.cu",
+        "csrc/cuda/branch_stage_layout.cu",
+        "csrc/bindings/branch_stage.cpp",
+        "csrc/pyeff/branch_stage.cpp",
+    ),
+    "combine": ("csrc/cuda/combine.cu", "csrc/bindings/combine.cpp"),
+    "top_k_routes": ("csrc/cuda/top_k_routes.cu", "csrc/bindings/top_k_routes.cpp"),
+    "nested_conv2d": (
+        "csrc/bindings/nested_conv2d.cpp",
+        "csrc/cuda/nested_conv2d.cu",
+        "csrc/cuda/nested_conv2d_depthwise.cu",
+        "csrc/cuda/nested_conv2d_grad_weight.cu",
+    ),
 }
 COMMON = ("tests/simt/module.cpp", "csrc/pyeff/tensor_view.cpp")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
@@ -131,8 +156,10 @@ def load(*operators: str, sanitized: bool = False) -> ModuleType:
     is looked up at its first call.
     """
     library = build(*operators, sanitized=sanitized)
-    loader = importlib.machinery.ExtensionFileLoader("_simt", str(library))
-    spec = importlib.util.spec_from_loader("_simt", loader)
+    # pybind11 hands out a module of the same full name again; the function to call is PyInit__simt.
+    name = f"{library.stem.replace('-', '_')}._simt"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
     try:
