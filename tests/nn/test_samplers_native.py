@@ -283,7 +283,6 @@ def call(problem=PROBLEM, **changes):
         ({"x": torch.randn(1, 0, 8, 3).permute(0, 3, 1, 2)}, "x must have pixels"),
         ({"y": torch.randn(1, 4, 5, 8).permute(0, 3, 1, 2)}, "pooling needs a y of half the size"),
     ],
-    ids=str,
 )
 def test_errors_of_the_binding(changes, message):
     call()
