@@ -36,8 +36,9 @@ struct Epilogue {
 struct FactorizedConv2d {
   std::int64_t stride, padding, dilation;
   Activation inner;
-  bool winograd;  // only where line_can_winograd() for both and stride is 1
-  int threads;
+  bool winograd;  // cpu: only where line_can_winograd() for both and stride is 1
+  bool tf32;      // cuda: products of float32 are rounded to TF32
+  int threads;    // cpu
 };
 
 namespace cpu {
@@ -70,4 +71,35 @@ void factorized_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x
                                    const FactorizedConv2d& conv);
 
 }  // namespace cpu
+
+// Lines' packed forms play no part; a weight is read fastest where what a sum runs over is
+// innermost and its size a multiple of 16 bytes. Maps have fewer than 2^30 pixels, and any stride
+// and padding. All tensors but vectors, which may be float32, have one dtype.
+namespace cuda {
+
+// Whether one kernel can run the pair: stride 1, at most 128 channels behind either convolution (64
+// in float64 and in float32 without TF32), and a tile of x that fits into shared memory.
+bool factorized_conv2d_fits(const Line& first, const Line& second, const TensorView& y,
+                            const FactorizedConv2d& conv);
+// Only where it fits.
+void factorized_conv2d_forward(const TensorView& x, const Line& first, const Line& second,
+                               const Epilogue& epilogue, const TensorView& y,
+                               const FactorizedConv2d& conv, void* stream);
+
+// As in cpu::, for any stride and padding.
+void factorized_conv2d_line_forward(const TensorView& x, const Line& line, const Epilogue& epilogue,
+                                    const TensorView& y, const FactorizedConv2d& conv,
+                                    void* stream);
+void factorized_conv2d_line_grad_input(const TensorView& grad_y, const Line& line,
+                                       const TensorView* before, const TensorView& grad_x,
+                                       const FactorizedConv2d& conv, void* stream);
+
+// `partial` is a workspace of that many elements, in the accumulator's type.
+std::int64_t factorized_conv2d_partial_elements(const TensorView& grad_y, const TensorView& weight,
+                                                const FactorizedConv2d& conv);
+void factorized_conv2d_line_grad_weight(const TensorView& grad_y, const TensorView& x,
+                                        const Line& grad_line, const TensorView& partial,
+                                        const FactorizedConv2d& conv, void* stream);
+
+}  // namespace cuda
 }  // namespace pyeff

@@ -14,6 +14,8 @@ from pyeff.ops import _factorized_torch as aten
 from pyeff.ops._conv_args import as_channels_last
 from pyeff.ops._dispatch import choose
 from pyeff.ops._factorized_choice import OP, backward_backend, forward_form
+from pyeff.ops._factorized_conv2d_cuda import backward as cuda_backward
+from pyeff.ops._factorized_conv2d_cuda import forward as cuda_forward
 from pyeff.ops._factorized_cpp import CppCall, cpp_call
 from pyeff.ops._factorized_cpp import backward as cpp_backward
 from pyeff.ops._factorized_cpp import forward as cpp_forward
@@ -43,6 +45,8 @@ def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> T
     name = choose(OP, x, direction="train" if recording else "forward")
     if name == "reference":
         return by_reference(tensors, pair)
+    if name == "cuda":
+        return cuda_forward(pair, *tensors, recording=recording)
     form = forward_form(name, x, w_first, w_second, pair)
     if recording and x.dtype == torch.bfloat16:
         form = form._replace(winograd=False)  # training would feel what it rounds once more
@@ -51,14 +55,13 @@ def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> T
     if name == "cpp":
         call = cpp_call(x, w_first, w_second, pair, form)
         return cpp_forward(call, *tensors, recording=recording)
-    if name == "triton":
-        kernels = _triton()
-        after = kernels.Epilogue(b_second, *epilogue, pair.outer)
-        fused = form.name == "fused"
-        return kernels.forward(
-            as_channels_last(x), *first, w_second, after, pair[:3], pair.inner, fused=fused
-        )
-    raise _no_kernels(name)
+    kernels = _triton()
+    after = kernels.Epilogue(b_second, *epilogue, pair.outer)
+    fused = form.name == "fused"
+    y: Tensor = kernels.forward(
+        as_channels_last(x), *first, w_second, after, pair[:3], pair.inner, fused=fused
+    )
+    return y
 
 
 def backward(call: BackwardCall) -> Grads:
@@ -68,12 +71,12 @@ def backward(call: BackwardCall) -> Grads:
         return aten.backward(call)
     if name == "cpp":
         return cpp_backward(call)
-    if name == "triton":
-        grad, x, *weights, pair, wanted = call
-        maps = as_channels_last(grad), as_channels_last(x)
-        gradients: Grads = _triton().backward(*maps, *weights, pair[:3], pair.inner, wanted)
-        return gradients
-    raise _no_kernels(name)
+    if name == "cuda":
+        return cuda_backward(call)
+    grad, x, *weights, pair, wanted = call
+    maps = as_channels_last(grad), as_channels_last(x)
+    gradients: Grads = _triton().backward(*maps, *weights, pair[:3], pair.inner, wanted)
+    return gradients
 
 
 class Call(NamedTuple):
@@ -122,9 +125,3 @@ def _triton() -> ModuleType:
     from pyeff.triton_kernels import factorized_conv2d as kernels  # only where it is asked for
 
     return kernels
-
-
-def _no_kernels(name: str) -> Exception:
-    return NotImplementedError(
-        f"{OP}: backend {name} has no kernels for this operator yet; use triton or torch"
-    )
