@@ -85,7 +85,7 @@ __device__ void run_task(const StageTasks& run, const StageTask& task, T* maps, 
 // y[n, j] = branch index[n, j] of x[n] (or x[n, j]), zeros where there is no such branch. The same
 // on every run: every element of every map has one thread.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     branch_stage_kernel(const __grid_constant__ StageTasks run,
                         const __grid_constant__ StageTensors<T> tensors) {
   T* const maps = shared_memory<T>();

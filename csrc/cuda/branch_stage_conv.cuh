@@ -120,7 +120,9 @@ __device__ void matrix_conv(const StageResult<T>& result, const StageSlot& x, co
 
 // --- one multiply-add at a time ------------------------------------------------------------------
 
-constexpr int kDirectPixels = 4;
+// Of a thread; doubles take two registers each.
+template <typename T>
+constexpr int kDirectPixels = sizeof(T) == 8 ? 2 : 4;
 
 // The same sum for kDirectPixels pixels and kOuts outputs from `out` on, by a thread. The outputs
 // are of one group.
@@ -132,10 +134,10 @@ __device__ void direct_tile(const StageResult<T>& result, const StageSlot& x, co
   const StageSlot& y = result.y;
   const int lanes = (y.channels + kDirectLanes - 1) / kDirectLanes * kDirectLanes;
   const int first_channel = out / (y.channels / task.groups) * task.rows_in;
-  A sum[kDirectPixels][kOuts];
-  const T* from[kDirectPixels];
+  A sum[kDirectPixels<T>][kOuts];
+  const T* from[kDirectPixels<T>];
 #pragma unroll
-  for (int p = 0; p < kDirectPixels; ++p) {
+  for (int p = 0; p < kDirectPixels<T>; ++p) {
     from[p] = result.maps + first_tap(task, x, y, first_pixel + p) + first_channel;
 #pragma unroll
     for (int o = 0; o < kOuts; ++o) sum[p][o] = bias[out + o];
@@ -150,7 +152,7 @@ __device__ void direct_tile(const StageResult<T>& result, const StageSlot& x, co
 #pragma unroll
         for (int o = 0; o < kOuts; ++o) weight[o] = static_cast<A>(w[o]);
 #pragma unroll
-        for (int p = 0; p < kDirectPixels; ++p) {
+        for (int p = 0; p < kDirectPixels<T>; ++p) {
           const A value = static_cast<A>(from[p][tap + i]);
 #pragma unroll
           for (int o = 0; o < kOuts; ++o) sum[p][o] += value * weight[o];
@@ -159,7 +161,7 @@ __device__ void direct_tile(const StageResult<T>& result, const StageSlot& x, co
     }
   }
 #pragma unroll
-  for (int p = 0; p < kDirectPixels; ++p) {
+  for (int p = 0; p < kDirectPixels<T>; ++p) {
 #pragma unroll
     for (int o = 0; o < kOuts; ++o) {
       if (first_pixel + p < y.rows * y.cols && out + o < y.channels) {
@@ -175,9 +177,9 @@ __device__ void direct_conv(const StageResult<T>& result, const StageSlot& x, co
                             const acc_t<T>* bias) {
   const int out_tiles = (result.y.channels + kOuts - 1) / kOuts;
   const int pixels = result.y.rows * result.y.cols;
-  const int tiles = (pixels + kDirectPixels - 1) / kDirectPixels * out_tiles;
+  const int tiles = (pixels + kDirectPixels<T> - 1) / kDirectPixels<T> * out_tiles;
   for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
-    direct_tile<T, kOuts>(result, x, weights, bias, t / out_tiles * kDirectPixels,
+    direct_tile<T, kOuts>(result, x, weights, bias, t / out_tiles * kDirectPixels<T>,
                           t % out_tiles * kOuts);
   }
 }

@@ -229,6 +229,6 @@ def test_looks_for_nan_on_a_gpu_where_asked():
         top_k_routes(scores, 2, validate=True)
 
 
-def test_cuda_has_no_kernels_yet():
+def test_cuda_takes_nothing_from_the_cpu():
     with pyeff.backend("cuda"), pytest.raises(ValueError, match="cuda must get CUDA tensors"):
         top_k_routes(torch.randn(2, 3), 1)

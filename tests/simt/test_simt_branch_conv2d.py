@@ -17,11 +17,8 @@ HALVES = [torch.float16, torch.bfloat16]
 # several of them, groups, gradients that routes share.
 SOME = [
     "small, no two dimensions equal",
-    "cifar branch, strided entry",
-    "cifar branch, pairs",
     "empty batch",
     "a branch twice in a row, others never",
-    "more outputs than a panel, odd tail",
     "stride and dilation, pairs",
     "groups",
     "depth-wise, pairs, strided and dilated",
