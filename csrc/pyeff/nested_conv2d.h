@@ -51,4 +51,32 @@ void nested_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
                                const TensorView& grad_weight, const NestedConv2d& conv);
 
 }  // namespace cpu
+
+// How a GPU sums; every choice gives the same up to rounding.
+struct NestedConv2dPlan {
+  bool tf32;            // float32 factors rounded to ten bits, for the tensor cores
+  bool large;           // tiles of 128 x 128, else 64 x 64
+  std::int64_t shares;  // into how many parts the terms are split; more than one need a workspace
+};
+
+namespace cuda {
+
+// Index tensors lie on the GPU; a number outside of the layer reads zeros and writes nothing.
+// workspace is null with one share, else [shares, N, H', W', o] in the type of the sums.
+void nested_conv2d_forward(const TensorView& x, const TensorView& weight, const TensorView* bias,
+                           const TensorView& y, const TensorView* workspace,
+                           const NestedConv2d& conv, const NestedConv2dPlan& plan, void* stream);
+
+// workspace [shares, N, H, W, i]. Every element of grad_x is written.
+void nested_conv2d_grad_input(const TensorView& grad_y, const TensorView& weight,
+                              const TensorView& grad_x, const TensorView* workspace,
+                              const NestedConv2d& conv, const NestedConv2dPlan& plan, void* stream);
+
+// workspace [shares, o, kh, kw, i / groups]. Writes the selected part of the gradient alone.
+void nested_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
+                               const TensorView& grad_weight, const TensorView* workspace,
+                               const NestedConv2d& conv, const NestedConv2dPlan& plan,
+                               void* stream);
+
+}  // namespace cuda
 }  // namespace pyeff

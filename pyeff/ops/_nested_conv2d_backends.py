@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff import _C
+from pyeff.ops import _nested_conv2d_cuda
 from pyeff.ops._aten_backward import convolution_backward
 from pyeff.ops._conv_args import (
     Pair,
@@ -67,7 +68,8 @@ def forward(
         return cpp_forward(call, x, weight, bias, *_indices(conv), recording)
     if name == "triton":
         return _triton().forward(as_channels_last(x), weight, bias, *conv)
-    _refuse_cuda(name)
+    if name == "cuda":
+        return _nested_conv2d_cuda.forward(x, weight, bias, conv.output_shape(x, weight), conv)
     return _torch_forward(x, weight, bias, conv)
 
 
@@ -101,7 +103,8 @@ def grad_input(grad_y: Tensor, weight: Tensor, height: int, width: int, conv: Co
         return grad_x
     if name == "triton":
         return _triton().grad_input(as_channels_last(grad_y), weight, shape, *conv)
-    _refuse_cuda(name)
+    if name == "cuda":
+        return _nested_conv2d_cuda.grad_input(grad_y, weight, shape, conv)
     x = empty_channels_last(grad_y, *shape)  # only its shape is read
     return _torch_gradients(grad_y, x, weight, conv, (True, False))[0]
 
@@ -128,7 +131,8 @@ def grad_weight(
         if result.stride() == weight_strides:
             return result
         return x.new_empty_strided(weight_shape, weight_strides).copy_(result)
-    _refuse_cuda(name)
+    if name == "cuda":
+        return _nested_conv2d_cuda.grad_weight(grad_y, x, weight_shape, weight_strides, conv)
     weight = x.new_empty_strided(weight_shape, weight_strides)
     part = _torch_gradients(grad_y, x, weight, conv, (False, True))[1]
     return _place(part, weight_shape, weight_strides, conv)
@@ -266,10 +270,3 @@ def _triton() -> ModuleType:
     from pyeff.triton_kernels import nested_conv2d as kernels  # only where it is asked for
 
     return kernels
-
-
-def _refuse_cuda(name: str) -> None:
-    if name == "cuda":
-        raise NotImplementedError(
-            f"{OP}: backend cuda has no kernels for this operator yet; use triton or torch"
-        )

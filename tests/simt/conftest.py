@@ -1,10 +1,12 @@
 """The CUDA kernels on the host: ``pytest tests/simt``. Builds them first (``simt_build``)."""
 
 import importlib
+import os
 import platform
 import shutil
 
 import pytest
+from sanitised import VARIABLE
 from simt_build import COMPILER, load
 
 
@@ -19,7 +21,7 @@ def simt(request, monkeypatch):
     from pyeff.ops import _dispatch
 
     operators = request.module.OPERATORS
-    native = load(*operators)
+    native = load(*operators, sanitized=VARIABLE in os.environ)
     monkeypatch.setattr(_dispatch, "cuda_is_emulated", True)
     for operator in operators:
         if operator != "probe":

@@ -65,27 +65,34 @@ float half_of(std::uint32_t word, int half) {
   return static_cast<float>(value);
 }
 
-// d += a b for [16, kDepth] by [kDepth, 8], where element(register, place in it) tells numbers.
-template <int kDepth, typename Read, typename PlaceA, typename PlaceB>
-void multiply(Product** lanes, const Read& read, const PlaceA& place_a, const PlaceB& place_b) {
-  for (int row = 0; row < 16; ++row) {
-    for (int col = 0; col < 8; ++col) {
-      float& d = lanes[row % 8 * 4 + col / 2]->d[row / 8 * 2 + col % 2];
-      float sum = 0.0f;
-      for (int k = 0; k < kDepth; ++k) {
-        const auto [a_lane, a_register, a_half] = place_a(row, k);
-        const auto [b_lane, b_register, b_half] = place_b(k, col);
-        sum +=
-            read(lanes[a_lane]->a[a_register], a_half) * read(lanes[b_lane]->b[b_register], b_half);
-      }
-      d += sum;
-    }
-  }
-}
-
 struct Place {
   int lane, index, half;
 };
+
+// d += a b for [16, kDepth] by [kDepth, 8]; the places say who holds a number, read makes it one.
+template <int kDepth, typename Read, typename PlaceA, typename PlaceB>
+void multiply(Product** lanes, const Read& read, const PlaceA& place_a, const PlaceB& place_b) {
+  float a[16][kDepth], b[kDepth][8];
+  for (int k = 0; k < kDepth; ++k) {
+    for (int row = 0; row < 16; ++row) {
+      const Place place = place_a(row, k);
+      a[row][k] = read(lanes[place.lane]->a[place.index], place.half);
+    }
+    for (int col = 0; col < 8; ++col) {
+      const Place place = place_b(k, col);
+      b[k][col] = read(lanes[place.lane]->b[place.index], place.half);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    float sum[8] = {};
+    for (int k = 0; k < kDepth; ++k) {
+      for (int col = 0; col < 8; ++col) sum[col] += a[row][k] * b[k][col];
+    }
+    for (int col = 0; col < 8; ++col) {
+      lanes[row % 8 * 4 + col / 2]->d[row / 8 * 2 + col % 2] += sum[col];
+    }
+  }
+}
 
 template <typename T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
