@@ -123,7 +123,7 @@ __device__ void store_middle(typename Tile::Value* to, const Tile& tile,
 // of it. It reads the tile of x once; the weights of both convolutions pass, one panel of kDepth
 // channels of one tap after the other, through kStages buffers. Deterministic.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     factorized_pair_kernel(const PairProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
   constexpr int kPitch = Tile::kDepth + Tile::kPad, kStage = kStageElements<Tile>;
