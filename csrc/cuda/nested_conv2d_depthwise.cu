@@ -46,15 +46,14 @@ template <typename T, int kVector, bool kForward>
 __global__ void __launch_bounds__(kThreads)
     nested_conv2d_depthwise_kernel(const __grid_constant__ Problem<T> p) {
   using A = acc_t<T>;
-  const std::int64_t number = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int vectors = p.channels / kVector;
-  const std::int64_t pixel = number / vectors;
-  const int first = static_cast<int>(number - pixel * vectors) * kVector;
-  const std::int64_t rows = pixel / p.y.width;
-  const int n = static_cast<int>(rows / p.y.height);
-  if (n >= p.y.images) return;
-  const int i = static_cast<int>(rows - std::int64_t{n} * p.y.height);
-  const int j = static_cast<int>(pixel - rows * p.y.width);
+  // Pixels are fewer than 2^31: divisions of 64 bits cost more than the sum.
+  const unsigned pixel = blockIdx.x * blockDim.y + threadIdx.y;
+  const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kVector;
+  const unsigned row = pixel / static_cast<unsigned>(p.y.width);
+  const int n = static_cast<int>(row / static_cast<unsigned>(p.y.height));
+  if (n >= p.y.images || first >= p.channels) return;
+  const int i = static_cast<int>(row) - n * p.y.height;
+  const int j = static_cast<int>(pixel - row * static_cast<unsigned>(p.y.width));
   A sum[kVector];
 #pragma unroll
   for (int l = 0; l < kVector; ++l) {
@@ -139,11 +138,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kVector, bool kForward>
 void run(const char* name, const Problem<T>& p, void* stream) {
-  const std::int64_t threads =
-      std::int64_t{p.y.images} * p.y.height * p.y.width * (p.channels / kVector);
-  launch(name, nested_conv2d_depthwise_kernel<T, kVector, kForward>,
-         dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), dim3(kThreads), 0,
-         stream, p);
+  const int vectors = p.channels / kVector, columns = ceil_div(vectors, kThreads);
+  const int across = ceil_div(vectors, columns), down = kThreads / across;
+  const std::int64_t pixels = std::int64_t{p.y.images} * p.y.height * p.y.width;
+  const dim3 grid(static_cast<unsigned>(ceil_div(pixels, down)), static_cast<unsigned>(columns));
+  launch(name, nested_conv2d_depthwise_kernel<T, kVector, kForward>, grid,
+         dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), 0, stream, p);
 }
 
 }  // namespace
