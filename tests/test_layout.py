@@ -15,12 +15,14 @@ OPERATORS: dict[str, dict[str, str]] = {
     "branch_conv2d": {},
     "factorized_conv2d": {},
     "branch_stage": {
-        "triton_kernels/{op}.py": "inference on the CPU; on a GPU the CUDA issue brings it",
+        "triton_kernels/{op}.py": "its maps live in shared memory, which Triton does not hand out",
         "benchmarks/ops/bench_{op}.py": "measured beside branch_conv2d",
     },
     "branch_linear": {
         "csrc/pyeff/{op}.h": "branch_conv2d on maps of one pixel",
         "csrc/cpu/{op}.cpp": "branch_conv2d on maps of one pixel",
+        "csrc/cuda/{op}.cu": "branch_conv2d on maps of one pixel",
+        "tests/simt/test_simt_{op}.py": "branch_conv2d on maps of one pixel",
         "csrc/bindings/{op}.cpp": "branch_conv2d on maps of one pixel",
         "triton_kernels/{op}.py": "branch_conv2d on maps of one pixel",
         "benchmarks/ops/bench_{op}.py": "branch_conv2d on maps of one pixel",
@@ -31,11 +33,13 @@ OPERATORS: dict[str, dict[str, str]] = {
 SLICE = [
     "csrc/pyeff/{op}.h",
     "csrc/cpu/{op}.cpp",
+    "csrc/cuda/{op}.cu",
     "csrc/bindings/{op}.cpp",
     "pyeff/reference/{op}.py",
     "pyeff/ops/{op}.py",
     "triton_kernels/{op}.py",
     "tests/ops/test_{op}.py",
+    "tests/simt/test_simt_{op}.py",
     "benchmarks/ops/bench_{op}.py",
 ]
 

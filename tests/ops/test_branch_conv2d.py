@@ -12,7 +12,7 @@ ISAS = pyeff.info()["isas"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels innermost", "slice of channels", "slice of rows", "transposed"]
 ROUTES = [("cpu", b) for b in ("reference", "torch", "cpp")] + [
-    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton")
+    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton", "cuda")
 ]
 
 

@@ -8,7 +8,7 @@ from pyeff.reference.branch_linear import branch_linear as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [("cpu", b) for b in ("reference", "torch", "cpp")] + [
-    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton")
+    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton", "cuda")
 ]
 PROBLEMS = {  # images, routes, branches, features, outputs, one row for each pair
     "shared rows": (5, 3, 7, 9, 11, False),

@@ -9,7 +9,7 @@ from pyeff.reference.combine import combine as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [("cpu", b) for b in ("reference", "torch", "cpp")] + [
-    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton")
+    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton", "cuda")
 ]
 PROBLEMS = {  # images, routes, branches, features, outputs
     "no two dimensions equal": (5, 3, 7, 9, 11),

@@ -20,7 +20,7 @@ ISAS = pyeff.info()["isas"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "slice of channels_last", "slice of rows", "transposed"]
 ROUTES = [("cpu", b) for b in ("reference", "torch", "cpp")] + [
-    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton")
+    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton", "cuda")
 ]
 # A middle map in half precision is rounded too, and the composition rounds after each step.
 ROUNDINGS = {torch.float64: 1.0, torch.float32: 2.0, torch.bfloat16: 4.0, torch.float16: 4.0}

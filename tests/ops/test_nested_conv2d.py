@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def backends(device):
-    return ["reference", "torch", "cpp"] if device == "cpu" else ["torch", "triton"]
+    return ["reference", "torch", "cpp"] if device == "cpu" else ["torch", "triton", "cuda"]
 
 
 ROUTES = [("cpu", b) for b in backends("cpu")] + [

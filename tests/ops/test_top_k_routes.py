@@ -9,7 +9,7 @@ from pyeff.reference.top_k_routes import top_k_routes as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [("cpu", b) for b in ("reference", "torch", "cpp")] + [
-    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton")
+    pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("torch", "triton", "cuda")
 ]
 SHAPES = [  # images, branches, k
     (1, 1, 1),
