@@ -123,14 +123,6 @@ def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
     return _choice(op, direction, x.device.type, x.dtype)
 
 
-def refuse_cuda(op: str, name: str) -> None:
-    """NotImplementedError where the backend is cuda, for an operator without kernels in it."""
-    if name == "cuda":
-        raise NotImplementedError(
-            f"{op}: backend cuda has no kernels for this operator yet; use triton or torch"
-        )
-
-
 def measured_rates(op: str, x: Tensor) -> dict[str, float]:
     """The measured rates of an operator's forms for the device and the dtype of ``x``."""
     return _rates(op, x.device.type, x.dtype)

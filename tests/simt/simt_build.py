@@ -111,7 +111,8 @@ def _compiled(source: str, flags: list[str]) -> Path:
         known = CACHE / f"{stem}-{_hash_of(command, json.loads(names.read_text()))}.o"
         if known.is_file():
             return known
-    fresh = CACHE / f"{stem}-{os.getpid()}.o"
+    # Not of the names that are cleared away below: another process may be compiling the same.
+    fresh = CACHE / f"{os.getpid()}-{stem}.o"
     rule = fresh.with_suffix(".d")
     result = subprocess.run(
         [*command, "-o", str(fresh), "-MMD", "-MF", str(rule)], capture_output=True, text=True

@@ -22,6 +22,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -201,6 +202,10 @@ inline void prepare(Fiber& fiber, int number) {
     mprotect(memory, guard, PROT_NONE);
     fiber.stack = static_cast<char*>(memory) + guard;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  // The last fiber on this stack never returned from its frames: their marks are still there.
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
   // Six registers, the first call's address, and a slot that makes the alignment that of a call.
   void** const top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
   std::memset(top - 8, 0, 8 * sizeof(void*));
