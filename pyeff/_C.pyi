@@ -53,8 +53,8 @@ def nested_conv2d_grad_weight(
     problem: tuple[int, ...],
 ) -> None: ...
 
-# CUDA; problem ends with (tf32, large tiles, shares) in place of threads. workspace is None with one
-# share, else [shares, elements] in the type of the sums: the elements of y, of grad_x, or
+# CUDA; problem ends with (tf32, large tiles, shares) in place of threads. workspace is None with
+# one share, else [shares, elements] in the type of the sums: the elements of y, of grad_x, or
 # o * kh * kw * i / groups. grad_weight is written at the selection alone.
 def nested_conv2d_forward_cuda(
     x: Tensor,
