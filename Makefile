@@ -35,7 +35,7 @@ demo: $(STAMP) ## Train a nested network on digits, compare its levels, write de
 
 test: $(STAMP) ## Run every test that needs no GPU, in the processes they need
 	$(PYTEST) tests --ignore=tests/triton --ignore=tests/simt
-	$(PYTEST) tests/simt
+	$(PYTEST) --dist loadfile tests/simt
 	$(PYTEST) tests/triton/interpreter
 	$(PYTEST) tests/triton/aot
 

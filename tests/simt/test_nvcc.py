@@ -1,4 +1,8 @@
-"""The kernels through the real compiler: nothing is spilled, and no kernel grows unnoticed."""
+"""The kernels through the real compiler: nothing is spilled, and no kernel grows unnoticed.
+
+For sm_80, which every kernel is written for. ``nvcc_kernels.py`` compiles for all architectures of
+the build and records what it finds: five minutes of a processor.
+"""
 
 import functools
 import json
@@ -18,8 +22,6 @@ from nvcc_kernels import (
     summary,
 )
 
-# Five minutes of two cores, for every architecture of CMakeLists.txt.
-MOST_SECONDS = 2 * 300
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'void a::pair_kernel<a::Tile<int> >(int)' for 'sm_80'
@@ -38,7 +40,7 @@ def built():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    return compile_all(nvcc)
+    return compile_all(["80-real"], nvcc)
 
 
 def budget():
@@ -70,11 +72,8 @@ def test_every_source_has_its_budget():
 
 
 def test_no_kernel_spills():
-    """On sm_80, which every kernel is written for; elsewhere no more than is known."""
     for name, (kernels, _) in built().items():
-        spilling = [kernel for kernel in kernels if kernel.spilled]
-        assert not [kernel for kernel in spilling if kernel.architecture == "sm_80"], name
-        assert sum(kernel.spilled for kernel in spilling) <= budget()[name]["spilled"], name
+        assert not [kernel for kernel in kernels if kernel.spilled], name
 
 
 def test_every_kernel_is_within_its_budget():
@@ -85,7 +84,3 @@ def test_every_kernel_is_within_its_budget():
             most_registers = allowed[kernel]["registers"] + SLACK_REGISTERS
             assert numbers["registers"] <= most_registers, kernel
             assert numbers["shared"] <= allowed[kernel]["shared"], kernel
-
-
-def test_all_architectures_are_built_in_time():
-    assert sum(seconds for _, seconds in built().values()) < MOST_SECONDS
