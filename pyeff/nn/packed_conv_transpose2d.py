@@ -15,8 +15,9 @@ class PackedConvTranspose2d(nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with its weights packed once for inference.
 
     For layers that write the largest map of a network: the kernels put large results into few
-    pages, which takes half of PyTorch's time where the result is as large as ERFNet's. In training,
-    under compilers and tracers, and for what the kernels do not take, it is PyTorch's layer.
+    pages, which takes about half of PyTorch's time for a float32 result as large as ERFNet's. In
+    training, under compilers and tracers, and for what the kernels do not take, it is PyTorch's
+    layer.
 
     Args:
         *args, **kwargs: as of ``nn.ConvTranspose2d``.
