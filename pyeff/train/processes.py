@@ -1,5 +1,6 @@
 """One process or several: rank, device, and the few sums that ranks exchange."""
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,10 @@ def joined(device_name: str) -> Iterator[Processes]:
     A process group that is there already is used and left standing. CPU processes speak gloo,
     CUDA processes nccl, one GPU each.
 
+    The group's threads end with the group, and that ends with the last reference to it. Whoever
+    keeps one (DistributedDataParallel does) drops it before the end: a thread of gloo that still
+    frees a tensor while Python shuts down aborts the process.
+
     Args:
         device_name: see :func:`choose_device`.
 
@@ -130,12 +135,14 @@ def joined(device_name: str) -> Iterator[Processes]:
         device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
         torch.cuda.set_device(device)
     if started:
+        # Its default arguments take the group that stands when it is imported, and keep it; torch's
+        # compiler, which DistributedDataParallel loads, imports it.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), device)
-            # Nobody takes the group apart while its threads may still be busy with somebody's last
-            # call: a process that ended then was once aborted on its way out. Not in `finally`,
+            # Nobody takes the group apart while another process still needs it. Not in `finally`,
             # where a process that failed would wait for the others.
             if started:
                 dist.barrier()

@@ -207,6 +207,18 @@ class SegmentationSession:
 
     def run(self) -> list[SegmentationScore]:
         """Steps to the end; then the chosen weights are in ``model``, and evaluated."""
+        try:
+            self._train()
+        finally:
+            self.network = self.model  # see processes.joined
+        self.processes.copy_buffers(self.model)
+        if self.config.keep == "best":
+            load_model_tensors(self.model, read_archive(self.best)[0], str(self.best))
+        self.model.eval()
+        return self._evaluate(self.data.held_out, official=self.config.eval_size == "official")
+
+    def _train(self) -> None:
+        """Steps to the end, or to a request to stop."""
         shown = self.config.progress and self.processes.first
         with StopRequest() as stop, progress_bar(self.steps, self.progress.step, shown) as bar:
             self.model.train()
@@ -223,11 +235,6 @@ class SegmentationSession:
                         f"stopped after step {self.progress.step} of {self.steps}; the state is in "
                         f"{self.checkpoint}"
                     )
-        self.processes.copy_buffers(self.model)
-        if self.config.keep == "best":
-            load_model_tensors(self.model, read_archive(self.best)[0], str(self.best))
-        self.model.eval()
-        return self._evaluate(self.data.held_out, official=self.config.eval_size == "official")
 
     def _evaluate(self, split: str, *, official: bool = False) -> list[SegmentationScore]:
         return evaluate_segmentation(

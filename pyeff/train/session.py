@@ -183,6 +183,18 @@ class Session:
 
     def run(self) -> TrainResult:
         """Steps to the end, then calibration and the last evaluation."""
+        try:
+            self._train()
+        finally:
+            self.wrapped = None  # see processes.joined
+        if self.config.calibrate:
+            self.calibrate(self.config.calibrate)
+            self.accuracy = self.evaluate()
+        self.model.eval()
+        return TrainResult(self.model, self.accuracy, self.history.records, self.progress.seconds)
+
+    def _train(self) -> None:
+        """Steps to the end, or to a request to stop."""
         shown = self.config.progress and self.processes.first
         done = self.progress.step
         with StopRequest() as stop, progress_bar(self.trainer.steps, done, shown) as bar:
@@ -197,11 +209,6 @@ class Session:
                         f"stopped after step {self.progress.step} of {self.trainer.steps}; the "
                         f"state is in {self.trainer.checkpoint}"
                     )
-        if self.config.calibrate:
-            self.calibrate(self.config.calibrate)
-            self.accuracy = self.evaluate()
-        self.model.eval()
-        return TrainResult(self.model, self.accuracy, self.history.records, self.progress.seconds)
 
     def _one_step(self, stop: StopRequest, bar: Bar) -> bool:
         """Trains one step; returns whether any process was asked to stop."""

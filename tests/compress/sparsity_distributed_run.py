@@ -1,5 +1,6 @@
 """A run that two processes share; test_sparsity_distributed.py starts them, or runs it alone."""
 
+import importlib
 import json
 import sys
 
@@ -38,6 +39,8 @@ def run(rank=0, processes=1, wrap=lambda net: net):
 
 def main(rank, processes, meeting, out):
     torch.set_num_threads(1)
+    # Before there is a group, which it would keep: see pyeff.train.processes.joined.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes
     )
@@ -45,6 +48,7 @@ def main(rank, processes, meeting, out):
     torch.save(weights, f"{out}.{rank}.pt")
     with open(f"{out}.{rank}.json", "w") as file:
         json.dump(statistics, file)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """Batch norm over two gloo processes equals one process with the joint batch."""
 
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,6 +50,8 @@ SPLITS = (2, 6)  # uneven; all images on one process and none on the other
 
 def _worker(rank, folder):
     torch.set_num_threads(1)
+    # Before there is a group, which it would keep: see pyeff.train.processes.joined.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )

@@ -11,6 +11,7 @@ import pyeff
 from pyeff.checkpoint import read_archive
 
 HERE = Path(__file__).parent
+LEAVING = HERE / "run_and_leave.py"
 
 
 def run(script, out, *words, processes):
@@ -32,7 +33,7 @@ def run(script, out, *words, processes):
         }
         launcher = ["-m", "torch.distributed.run", "--standalone"]
         count = f"--nproc-per-node={processes}"
-        command = [sys.executable, *launcher, count, path, str(out), *words]
+        command = [sys.executable, *launcher, count, str(LEAVING), path, str(out), *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
     return read_archive(out / "checkpoint.safetensors")
