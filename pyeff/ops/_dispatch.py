@@ -15,13 +15,15 @@ from pyeff import _C
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
 cuda_is_emulated = False  # tests set it, who run the CUDA kernels on CPU tensors
-_forced: ContextVar[str | None] = ContextVar("pyeff_backend", default=None)
+# Of the process and not of a thread: autograd differentiates GPU operations in threads of its own.
+# The last one counts; keys are for leaving, which threads do in any order.
+_forced: dict[object, str] = {}
 _winograd: ContextVar[bool] = ContextVar("pyeff_winograd", default=True)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs every operator in the block on one backend, for tests and comparisons.
+    """Runs every operator in the block on one backend, for tests and comparisons, in every thread.
 
     Args:
         name: "reference" (plain PyTorch, the meaning), "torch" (cuDNN, oneDNN through ATen),
@@ -38,11 +40,12 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _forced.set(name)
+    key = object()
+    _forced[key] = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        del _forced[key]
 
 
 @contextmanager
@@ -105,7 +108,7 @@ def _table(device_type: str) -> dict[str, Any]:
 
 def forced_backend() -> str | None:
     """The backend of the surrounding ``with pyeff.backend(...)``, if any."""
-    return _forced.get()
+    return next(reversed(_forced.values()), None)
 
 
 def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
@@ -117,7 +120,7 @@ def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
         direction: "forward" (no gradient to the weight is recorded), "train" (one is),
             "grad_input" or "grad_weight".
     """
-    forced = _forced.get()
+    forced = forced_backend() if _forced else None
     if forced is not None:
         return _check_usable(op, forced, x)
     return _choice(op, direction, x.device.type, x.dtype)
