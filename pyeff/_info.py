@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pyeff import _C
+from pyeff import _C, _measured
 
 
 def info() -> dict[str, Any]:
@@ -18,7 +18,8 @@ def info() -> dict[str, Any]:
         many the kernels use, which is torch's number. ``cuda``: whether CUDA kernels are built,
         for which architectures, the linked runtime, the devices that it sees or why there are
         none. ``triton``: its version or None, and the architectures that the kernels are compiled
-        and tested for.
+        and tested for. ``tuned``: by device, the file that ``pyeff tune`` wrote and that chooses
+        backends.
 
     Example:
         >>> facts = pyeff.info()
@@ -36,7 +37,15 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": _C.cuda_info(),
         "triton": {"version": _triton_version(), "architectures": ["sm_80", "sm_90", "sm_100"]},
+        "tuned": _tuned(),
     }
+
+
+def _tuned() -> dict[str, str]:
+    names = [_measured.device_name("cpu")]
+    names += [_measured.device_name("cuda", i) for i in range(torch.cuda.device_count())]
+    paths = {name: _measured.path_of(name) for name in names}
+    return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def _triton_version() -> str | None:

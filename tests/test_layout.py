@@ -46,8 +46,9 @@ SLICE = [
 # Bottom to top. A module may import from its own layer (without a cycle) and from those below.
 # "pyeff" is the package's own front: what `import pyeff` offers.
 LAYERS = [
-    {"reference", "_C", "triton_kernels", "_extras", "_archive"},
+    {"reference", "_C", "triton_kernels", "_extras", "_archive", "_measured"},
     {"ops"},
+    {"tune"},
     {"nn"},
     {"measure"},
     {"models"},

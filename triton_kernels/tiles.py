@@ -2,13 +2,14 @@
 
 None of these rows has been measured yet. They are chosen so that every kernel fits the registers
 and the shared memory of its architecture (``tests/triton/aot`` compiles each of them) and reaches
-the tensor cores; a tuner replaces the rows, not the code.
+the tensor cores. ``pyeff tune`` finds the fastest of them for the device at hand.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from pyeff.triton_kernels import measured_tiles
 from triton.runtime import driver
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,10 +198,11 @@ def overflows_cache(device: torch.device, size: int) -> bool:
 
 
 def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, groups: int) -> Tile:
-    """The first tile of the table's list that suits the shape.
+    """The tile that ``pyeff tune`` measured, or else the first of the table's that suits the shape.
 
-    A tile is passed over while it is at least twice as wide or as high as the result, gives fewer
-    programs than the device has multiprocessors, or does not fit the device's shared memory.
+    A tile of the table is passed over while it is at least twice as wide or as high as the result,
+    gives fewer programs than the device has multiprocessors, or does not fit the device's shared
+    memory.
 
     Args:
         task: ``"gemm"`` (forward and input gradient), ``"gather"`` (the same with channel
@@ -215,6 +217,9 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
     limits = device_limits(device)
     if limits.architecture == 0:
         return INTERPRETER
+    tuned = measured_tiles.find(device, measured_tiles.Asked(task, kind, rows, cols, groups))
+    if tuned is not None:
+        return Tile(*tuned)
     candidates = TILES[task, limits.architecture][kind]
     for tile in candidates:
         programs = -(-rows // tile.rows) * -(-cols // tile.cols) * groups
@@ -222,6 +227,15 @@ def choose(task: str, kind: str, device: torch.device, rows: int, cols: int, gro
         if fills and shared_bytes(tile, kind, task) <= limits.shared:
             return tile
     return candidates[-1]
+
+
+def fitting(task: str, kind: str, device: torch.device) -> list[Tile]:
+    """The table's tiles that fit the device's shared memory; none for the interpreter."""
+    limits = device_limits(device)
+    if limits.architecture == 0:
+        return []
+    rows = TILES[task, limits.architecture][kind]
+    return [tile for tile in rows if shared_bytes(tile, kind, task) <= limits.shared]
 
 
 def widest_pair(dtype: torch.dtype, device: torch.device) -> int:

@@ -40,14 +40,14 @@ def _rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
     """The facts as (name, text), nested ones as "outer inner"."""
     for key, value in facts.items():
         name = prefix + key.replace("_", " ")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _rows(value, prefix=f"{name} ")
         else:
             yield name, _text(value)
 
 
 def _text(value: Any) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

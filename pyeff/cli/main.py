@@ -9,6 +9,7 @@ from pyeff.cli.export import export
 from pyeff.cli.info import info
 from pyeff.cli.predict import predict
 from pyeff.cli.train import train
+from pyeff.cli.tune import tune
 
 app = typer.Typer(
     name="pyeff",
@@ -29,6 +30,7 @@ app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(tune)
 train.command("erfnet")(train_erfnet)
 app.add_typer(train)
 app.add_typer(predict)

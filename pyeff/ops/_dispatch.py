@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyeff import _C
+from pyeff import _C, _measured
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
 cuda_is_emulated = False  # tests set it, who run the CUDA kernels on CPU tensors
@@ -98,6 +98,11 @@ def winograd_allowed() -> bool:
     return _winograd.get()
 
 
+def directions(op: str, device_type: str) -> tuple[str, ...]:
+    """The directions of an operator for which a backend is chosen on a type of devices."""
+    return tuple(name for name in _table(device_type).get(op, {}) if name != "rates")
+
+
 @cache
 def _table(device_type: str) -> dict[str, Any]:
     """The measured choices for a device type; the file names the device that they come from."""
@@ -112,18 +117,28 @@ def forced_backend() -> str | None:
 
 
 def choose(op: str, x: Tensor, *, direction: str = "forward") -> str:
-    """The backend for one call.
+    """The backend for one call: the forced one, or what was measured.
+
+    Where ``pyeff tune`` measured the device, its nearest shape decides; else the table that is
+    shipped.
 
     Args:
         op: The operator's name.
-        x: The input whose device and dtype decide.
+        x: The input whose device, dtype and shape decide.
         direction: "forward" (no gradient to the weight is recorded), "train" (one is),
             "grad_input" or "grad_weight".
     """
     forced = forced_backend() if _forced else None
     if forced is not None:
         return _check_usable(op, forced, x)
-    return _choice(op, direction, x.device.type, x.dtype)
+    device = x.device
+    measured = _measured.table(device.type, device.index)
+    if measured is not None:
+        dtype = str(x.dtype).removeprefix("torch.")
+        fastest = measured.fastest(op, direction, dtype, *_measured.size_of(x.shape))
+        if fastest is not None:
+            return _check_usable(op, fastest, x)
+    return _choice(op, direction, device.type, x.dtype)
 
 
 def measured_rates(op: str, x: Tensor) -> dict[str, float]:

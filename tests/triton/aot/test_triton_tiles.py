@@ -1,7 +1,12 @@
 import pytest
 import torch
-from pyeff.triton_kernels import tiles
+from pyeff.triton_kernels import measured_tiles, tiles
+from pyeff.triton_kernels.measured_tiles import Asked
 from pyeff.triton_kernels.tiles import INTERPRETER, TILES, Limits, Tile
+
+from pyeff import _measured
+from pyeff._measured import Table, TileRow
+from pyeff.tune import tuner
 
 pytestmark = pytest.mark.aot
 CUDA = torch.device("cuda", 0)
@@ -37,6 +42,60 @@ def test_a_device_with_little_shared_memory_gets_a_smaller_tile(device):
     device(shared=80 * 1024)
     assert large == HALF[0]
     assert tiles.choose("gemm", "half", CUDA, 10**6, 256, 1) == HALF[1]
+
+
+def test_a_measured_tile_comes_first(device, monkeypatch):
+    row = TileRow("gemm", "half", 4096, 64, 1, tuple(HALF[2]))
+    table = Table("a device", [], [row])
+    monkeypatch.setattr(_measured, "table", lambda device_type, index: table)
+    assert tiles.choose("gemm", "half", CUDA, 10**6, 256, 1) == HALF[2]
+    assert tiles.choose("gemm", "tf32", CUDA, 10**6, 256, 1) == TILES["gemm", 90]["tf32"][0]
+    assert tiles.choose("gather", "half", CUDA, 10**6, 256, 1) == TILES["gather", 90]["half"][0]
+
+
+def test_a_tuner_learns_what_is_asked_and_tries_tiles(device):
+    def run():
+        return [tiles.choose("gemm", "half", CUDA, 10**6, cols, 1) for cols in (256, 64, 256)]
+
+    with measured_tiles.asking() as asked:
+        first = run()
+    assert asked == [Asked("gemm", "half", 10**6, cols, 1) for cols in (256, 64)]
+    with measured_tiles.trying({asked[0]: HALF[3]}):
+        assert run() == [HALF[3], first[1], HALF[3]]
+        with measured_tiles.trying({asked[1]: HALF[2]}):
+            assert run() == [HALF[3], HALF[2], HALF[3]]
+    assert run() == first
+    assert len(asked) == 2  # nothing is collected outside
+
+
+def test_tiles_that_fit(device):
+    assert tiles.fitting("gemm", "half", CUDA) == list(HALF)
+    device(shared=80 * 1024)
+    assert tiles.fitting("gemm", "half", CUDA) == list(HALF[1:])
+    assert tiles.fitting("gemm", "half", torch.device("cpu")) == list(HALF[1:])
+
+
+def test_the_tuner_keeps_the_fastest_tile_of_each_shape(device, monkeypatch):
+    asked = Asked("gemm", "half", 10**6, 256, 1)
+
+    def run():
+        ran.append(tiles.choose(*asked[:2], CUDA, *asked[2:]))
+
+    def timed(calls, device, slice_seconds):
+        seconds = {}
+        for name, call in calls.items():
+            ran.clear()
+            call()
+            seconds[name] = 1.0 if ran == [HALF[2]] else 2.0
+        return seconds
+
+    ran = []
+    monkeypatch.setattr(tuner, "seconds_of", timed)
+    best = tuner._best_tiles(run, CUDA, 0.01)
+    assert best == {asked: tuple(HALF[2])}
+    ran.clear()
+    tuner._with_tiles(run, best)()
+    assert ran == [HALF[2]]
 
 
 def test_cpu_tensors_are_for_the_interpreter():
