@@ -130,7 +130,8 @@ def _impossible(
     own = {key for key, tensor in layer._parameters.items() if tensor is not None}
     if own - {"weight", "bias"} or not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a hook"
-    if any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)):
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+    if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)):
         return "it has hooks, which would be lost"
     if any(id(parameter) in shared for parameter in layer.parameters()):
         return "another module has the same weight or bias"

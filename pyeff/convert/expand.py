@@ -240,7 +240,7 @@ class _Maker:
         sizes: dict[str, Any] = {"mode": self.mode, "rate": self.rate}
         sizes["widths"] = self.widths.get(name)
         if self.from_compact:
-            return ExpandedConv2d.from_compact(layer, **sizes, **self.options)
+            return self._of_compact(layer, sizes)
         made = ExpandedConv2d(
             layer.in_channels,
             layer.out_channels,
@@ -257,6 +257,15 @@ class _Maker:
             **self.options,
         )
         return _as(made, layer)
+
+    def _of_compact(self, layer: nn.Conv2d, sizes: dict[str, Any]) -> nn.Module:
+        """The same function; where small kernels of these widths cannot, and may choose, as cl."""
+        try:
+            return ExpandedConv2d.from_compact(layer, **sizes, **self.options)
+        except ValueError:
+            if sizes["mode"] != "auto" or sizes["widths"] is not None:
+                raise
+        return ExpandedConv2d.from_compact(layer, **{**sizes, "mode": "cl"}, **self.options)
 
     def _linear(self, name: str, layer: nn.Linear) -> nn.Module:
         if self.mode in BLOCKS:

@@ -62,7 +62,7 @@ class Expansion:
     def _widths(self, plain: nn.Conv2d, first: int) -> tuple[int, ...]:
         """Channels between the members, with another number after the first."""
         members = 3 if self.conv == "cl" else (plain.kernel_size[0] - 1) // 2
-        return (first, *[round(self.rate * plain.out_channels)] * (members - 2))
+        return (first, *[max(1, round(self.rate * plain.out_channels))] * (members - 2))
 
     def dense(self, plain: nn.Linear) -> nn.Linear | ExpandedLinear:
         """A linear layer of the plan, as a chain if the plan is for one."""

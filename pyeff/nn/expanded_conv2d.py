@@ -25,7 +25,7 @@ from pyeff.nn.expansion_plan import (
 )
 from pyeff.nn.expansion_start import start_ck, start_cl
 from pyeff.nn.factorized_conv2d import check_activation
-from pyeff.nn.folding import FoldsNorms
+from pyeff.nn.folding import FoldsNorms, called, reads_own_weight
 from pyeff.reference.factorized_conv2d import activation as activate
 
 _OP = "ExpandedConv2d"
@@ -42,9 +42,12 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
     members. ``"contracted"`` composes their weights, differentiably, and runs one convolution of
     the compact size: the map between the members is never made, so a step costs about what the
     compact layer costs where maps have many pixels. ``"auto"`` takes the one that a model of their
-    times calls faster; that is the contracted one but for maps of few pixels. In eval mode without
-    gradient a layer always runs as the one convolution that :meth:`contract` gives. Hooks on the
-    members see calls in expanded form only.
+    times calls faster; that is the contracted one but for maps of few pixels, and always on a GPU,
+    where nothing was measured. In eval mode without gradient a layer always runs as the one
+    convolution that :meth:`contract` gives, whose kernel it keeps (a compiled program composes it
+    at every call: contract first). Forward hooks on the members see calls in expanded form only;
+    with hooks that run before a member, ``nn.utils.prune`` among them, a layer always runs member
+    by member and cannot be contracted.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -218,7 +221,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
             last.bias.zero_()
             passed = layer.composed(torch.float64).bias
             last.bias.copy_(conv.bias if passed is None else conv.bias.double() - passed)
-        layer.requires_grad_(conv.weight.requires_grad)
+        layer.requires_grad_(any(p.requires_grad for p in conv.parameters()))
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,8 +248,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         return super().is_whole and self.activation is None and self._odd_member() is None
 
     def _odd_member(self) -> nn.Module | None:
-        plain = nn.Conv2d.forward
-        return next((m for m in self.members if type(m).forward is not plain), None)
+        return next((m for m in self.members if not reads_own_weight(m, nn.Conv2d)), None)
 
     def _runs_contracted(self, x: Tensor) -> bool:
         if not self.training and not torch.is_grad_enabled():
@@ -311,7 +313,7 @@ class ExpandedConv2d(FoldsNorms[Kernel]):
         odd = self._odd_member()
         if odd is not None:
             raise TypeError(
-                f"{_OP}: members must be plain nn.Conv2d to contract, got {type(odd).__name__}"
+                f"{_OP}: members must be plain nn.Conv2d to contract, got {called(odd)}"
             )
         with without_autocast(self.convs[0].weight):
             return compose_all(self._kernels(dtype))

@@ -14,7 +14,7 @@ from pyeff.nn.expansion_cost import linear_forms, trains_faster_contracted
 from pyeff.nn.expansion_plan import check_form, inner_widths
 from pyeff.nn.expansion_start import start_cl
 from pyeff.nn.factorized_conv2d import check_activation
-from pyeff.nn.folding import FoldsNorms
+from pyeff.nn.folding import FoldsNorms, called, reads_own_weight
 from pyeff.reference.factorized_conv2d import activation as activate
 
 _OP = "ExpandedLinear"
@@ -144,7 +144,7 @@ class ExpandedLinear(FoldsNorms[_Affine]):
             last.bias.zero_()
             passed = layer.composed(torch.float64)[1]
             last.bias.copy_(linear.bias if passed is None else linear.bias.double() - passed)
-        layer.requires_grad_(linear.weight.requires_grad)
+        layer.requires_grad_(any(p.requires_grad for p in linear.parameters()))
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,8 +174,7 @@ class ExpandedLinear(FoldsNorms[_Affine]):
         return super().is_whole and self.activation is None and self._odd_member() is None
 
     def _odd_member(self) -> nn.Module | None:
-        plain = nn.Linear.forward
-        return next((m for m in self.members if type(m).forward is not plain), None)
+        return next((m for m in self.members if not reads_own_weight(m, nn.Linear)), None)
 
     def _runs_contracted(self, x: Tensor) -> bool:
         if not self.training and not torch.is_grad_enabled():
@@ -230,7 +229,7 @@ class ExpandedLinear(FoldsNorms[_Affine]):
         odd = self._odd_member()
         if odd is not None:
             raise TypeError(
-                f"{_OP}: members must be plain nn.Linear to contract, got {type(odd).__name__}"
+                f"{_OP}: members must be plain nn.Linear to contract, got {called(odd)}"
             )
         pairs = self._pairs(dtype)
         with without_autocast(pairs[0][0]):

@@ -14,7 +14,10 @@ from torch import Tensor
 from pyeff.nn.contraction import Kernel, Pair, compose, compose_all
 
 _MOST_FEATURES = 9  # more than nine 3 x 3 filters are dependent
-_LARGEST_CONDITION = 1e6  # beyond it the member solved for would lose half of a float32's digits
+# Beyond it a float32 network would not compute the same: errors grow with the condition, and with
+# few of the draws it is so large.
+_LARGEST_CONDITION = 1e5
+_DRAWS = 8
 
 
 def start_cl(op: str, weight: Tensor, members: Sequence[Kernel], noise: float) -> list[Tensor]:
@@ -145,7 +148,7 @@ def start_ck(op: str, weight: Tensor, members: Sequence[Kernel], noise: float) -
     widths = [member.shape[0] // groups for member in members[:-1]]
     norms = [float(m.weight.norm()) / sqrt(groups) for m in members]
     found = []
-    for place in range(len(members)):
+    for place in _DRAWS * [*range(len(members))]:
         counts = [w // channels[i >= place] for i, w in enumerate(widths)]
         if all(counts):
             features = _draw(taps, counts, place, norms, channels)

@@ -6,9 +6,11 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from pyeff.nn.derived import DerivedValue
 from pyeff.ops import clear_packed
+from pyeff.ops._eager import is_traced
 
 T = TypeVar("T")
 
@@ -76,8 +78,32 @@ def norm_affine(
     return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
 
 
+def reads_own_weight(layer: nn.Module, plain: type[nn.Module]) -> bool:
+    """Whether a layer computes what its class does from the weight and the bias that it holds.
+
+    Not so where a forward pre-hook writes them (``weight_norm``, ``spectral_norm``, ``prune``) or
+    changes the input; parametrizations are fine, they compute on access.
+    """
+    held = layer._parameters.keys() | getattr(layer, "parametrizations", {}).keys()
+    return (
+        type(layer).forward is plain.forward
+        and held >= {"weight", "bias"}
+        and not layer._forward_pre_hooks
+    )
+
+
+def called(layer: nn.Module) -> str:
+    """A layer's type, and whether hooks run before it; for errors."""
+    hooks = " with hooks that run before it" if layer._forward_pre_hooks else ""
+    return f"{type(layer).__name__}{hooks}"
+
+
 class FoldsNorms(nn.Module, Generic[T]):
     """A layer that computes its weights in eval mode anew only when a tensor of it changed.
+
+    Under a compiler, a tracer or a transform of torch.func it computes them at every call. What
+    writes through ``.data`` is not seen until :meth:`train` or :meth:`eval` changes the mode, an
+    optimiser takes a step or ``pyeff.clear_packed`` is called.
 
     A subclass says what the folded form is (:meth:`_fold`) and which tensors it reads
     (:meth:`_folded_tensors`).
@@ -110,7 +136,7 @@ class FoldsNorms(nn.Module, Generic[T]):
     def _folded_for(self, *inputs: Tensor | None) -> T:
         """The folded form for a call with ``inputs``: kept, or computed where gradients flow."""
         tensors = self._folded_tensors()
-        if torch.compiler.is_compiling() or (
+        if is_traced() or (
             torch.is_grad_enabled()
             and any(t.requires_grad for t in (*inputs, *tensors) if t is not None)
         ):
@@ -122,7 +148,14 @@ class FoldsNorms(nn.Module, Generic[T]):
         with torch.inference_mode(False), torch.no_grad():
             return self._fold()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoldsNorms[T]":
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``. An update by hand between the modes may have been unseen."""
+        if mode != self.training:
+            self._held.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving a parameter changes its memory but not its version.
         super()._apply(fn, recurse)
         self._held.clear()

@@ -13,6 +13,9 @@ _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _autocast = torch._C._is_any_autocast_enabled
 _tracing = torch._C._get_tracing_state
+_dispatch_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None) -> bool:
@@ -51,4 +54,19 @@ def needs_composition() -> bool:
         return False
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def is_traced() -> bool:
+    """Whether tensors may stand for others: compilers, tracers, fake tensors, functorch, jvp.
+
+    A value computed from such must not be kept, nor one that was kept be used among them.
+    """
+    return (
+        _is_compiling()
+        or _functorch_level() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+        or _dispatch_mode(_FAKE) is not None
+        or _dispatch_mode(_PROXY) is not None
     )

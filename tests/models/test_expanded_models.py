@@ -207,3 +207,8 @@ def test_a_layer_with_two_names_runs_contracted_in_both():
     runs = as_it_runs(nn.Sequential(layer, nn.ReLU(), layer))
     assert type(runs[0]) is nn.Conv2d
     assert runs[2] is runs[0]
+
+
+def test_a_rate_may_leave_one_channel():
+    net = build({"family": "smallnet", "kernel": 3, "expand": "cl", "rate": 0.05, "classes": 5})
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 5)

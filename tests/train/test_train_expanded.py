@@ -226,7 +226,8 @@ def test_other_networks_with_a_plan_train(family, expand, tmp_path):
     result = Trainer(tiny_config(tmp_path, **settings)).fit()
     assert isinstance(result.model, pyeff.models.ExpandableNet)
     assert result.model.config["in_channels"] == 1
-    assert result.accuracy["digits:class", 1] >= 0
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["test_accuracy"] == result.accuracy["digits:class", 1]
     assert pyeff.load(tmp_path).config["expand"] == "cl"
 
 
