@@ -1,7 +1,8 @@
 """Training, removal and factorisation put together: ``Compressor``."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyeff.compress.group_sparsity import GroupSparsity
 from pyeff.compress.layer_calls import Example
 from pyeff.compress.low_rank import LowRank
 from pyeff.compress.rank_rules import RankRule
+from pyeff.compress.scale_free import KeptScale, scale_free_layers
 from pyeff.compress.shrink import shrink_with_report
 from pyeff.compress.shrink_report import ShrinkReport
 
@@ -133,6 +135,10 @@ class Compressor:
             ``"channel"`` or a condition other than ``"macs"`` one near it; without a target 0.9
             if there is a ``rank``, and nothing is factored otherwise.
         target_params: share of the parameters that may be left, in (0, 1).
+        keep_scale: whether layers that only a batch norm reads keep the mean length of their live
+            filters when a penalty shortens them. What the network computes is the same; but the
+            norm lets gradients grow as 1 / length, and filters of a tenth of their length are
+            turned a hundred times as fast. Not with a ``group`` that includes the norms.
         options: ``constants``, ``round_to``, ``threshold`` of :func:`pyeff.compress.shrink`, and
             ``form``, ``only_if``, ``layers`` of :func:`pyeff.compress.factorize`. The form is
             ``"channel"`` by default: that of the matrix whose rank ``rank`` lowers.
@@ -168,6 +174,7 @@ class Compressor:
         rank: LowRank | None = None,
         energy: float | None = None,
         target_params: float | None = None,
+        keep_scale: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if group is None and rank is None:
@@ -188,6 +195,11 @@ class Compressor:
         self.energy, self.target_params = energy, target_params
         self.options = {"form": "channel", **(options or {})}
         self.parameters = _count(model)
+        self._optimizer: torch.optim.Optimizer | None = None
+        inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+        with_norms = group is not None and any(g.include_norm for g in group.groups)
+        free = keep_scale and not with_norms
+        self._kept = KeptScale(model, scale_free_layers(model, inputs) if free else {})
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Tells both penalties which optimiser trains the model.
@@ -200,6 +212,7 @@ class Compressor:
         """
         for penalty in self._penalties():
             penalty.attach(optimizer)
+        self._optimizer = optimizer
 
     def after_step(self, lr: float) -> None:
         """To be called after every step of the optimiser.
@@ -207,8 +220,9 @@ class Compressor:
         Args:
             lr: the current learning rate.
         """
-        for penalty in self._penalties():
-            penalty.after_step(lr)
+        with self._keeping(any(penalty.due_after_step for penalty in self._penalties())):
+            for penalty in self._penalties():
+                penalty.after_step(lr)
 
     def end_epoch(self, lr: float) -> None:
         """To be called at the end of every epoch.
@@ -216,8 +230,16 @@ class Compressor:
         Args:
             lr: the current learning rate.
         """
-        for penalty in self._penalties():
-            penalty.end_epoch(lr)
+        with self._keeping(True):
+            for penalty in self._penalties():
+                penalty.end_epoch(lr)
+
+    @contextlib.contextmanager
+    def _keeping(self, due: bool) -> Iterator[None]:
+        before = self._kept.lengths() if due else {}
+        yield
+        if before and self._optimizer is not None:
+            self._kept.restore(before, self._optimizer)
 
     def _penalties(self) -> tuple[GroupSparsity | LowRank, ...]:
         """Low rank first: see the class."""

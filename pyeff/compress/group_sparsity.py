@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.compress.channel_group import ChannelGroup
+from pyeff.compress.constants import norms_after, readers
 from pyeff.compress.groups import Example, map_channels
 from pyeff.compress.parameter_count import ParameterCount
 from pyeff.compress.prox import shrink_groups, shrink_groups_in_metric
@@ -140,6 +141,7 @@ class GroupSparsity(Proximal):
         self._is_done = False
         self._masked = {g: torch.zeros(g.channels, dtype=torch.bool) for g in self.groups}
         self._count = ParameterCount(model, self.groups)
+        self._biases = self._most_biases(example) if target_params is not None else 0
         self._check_reachable()
 
     def _factors(
@@ -165,10 +167,28 @@ class GroupSparsity(Proximal):
         modules = [self.model.get_submodule(name) for name in group.producers]
         return sum(getattr(module, "groups", 1) == 1 for module in modules) > 1
 
+    def _most_biases(self, example: Example) -> int:
+        """Biases that removal may have to add: what dead channels still carry goes on in them."""
+        layers = {
+            member.name: self.model.get_submodule(member.name)
+            for group in self.groups
+            for member in (readers(self.model, group) if group.norms else ())
+        }
+        bare = {name: layer for name, layer in layers.items() if layer.bias is None}
+        inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+        taken = norms_after(self.model, inputs, bare) if bare else {}
+        rest = [layer for name, layer in bare.items() if name not in taken]
+        return sum(
+            layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
+            for layer in rest
+            if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
+        )
+
     def _check_reachable(self) -> None:
         if self.target_params is None:
             return
-        least = self._count.after([torch.arange(g.channels) < self._floors[g] for g in self.groups])
+        floors = [torch.arange(g.channels) < self._floors[g] for g in self.groups]
+        least = self._count.after(floors) + self._biases
         if least > self.target_params * self._count.total:
             raise ValueError(
                 f"{_OP}: target_params must be at least {least / self._count.total:.4f}, which the "
@@ -224,7 +244,7 @@ class GroupSparsity(Proximal):
         def count(level: float) -> int:
             return self._count.after([(critical[g] > level) | shelter[g] for g in self.groups])
 
-        most = int(self.target_params * self._count.total)
+        most = int(self.target_params * self._count.total) - self._biases
         level = level_for_count(torch.cat(list(critical.values())), count, most)
         return self._rule.strength(level, step, ahead)
 

@@ -76,6 +76,11 @@ class Proximal:
                 raise ValueError(f"{self._op}: optimizer must hold {name}, got one without it")
         self._optimizer = optimizer
 
+    @property
+    def due_after_step(self) -> bool:
+        """Whether the next :meth:`after_step` applies the penalty."""
+        return isinstance(self.every, int) and (self.steps + 1) % self.every == 0
+
     def after_step(self, lr: float) -> None:
         """To be called after every step of the optimiser.
 

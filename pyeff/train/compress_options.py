@@ -76,6 +76,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "mask": _flag,
     # of both
     "every": _every,
+    "keep_scale": _flag,
     # of the removal and the factorisation
     "form": _one_of(*FORMS),
     "only_if": _one_of(*CONDITIONS),
@@ -114,7 +115,8 @@ def check_compress(options: Mapping[str, Any]) -> dict[str, Any]:
         options: by name: ``group`` and ``rank`` (``"auto"`` or a strength; one of them at least);
             ``alpha``, ``first_layers``, ``first_factor``, ``include_norm``, ``floor``, ``tied``,
             ``mask``, ``every`` as in :class:`pyeff.compress.GroupSparsity` and
-            :class:`pyeff.compress.LowRank`; ``form`` and ``only_if`` as in
+            :class:`pyeff.compress.LowRank`; ``keep_scale`` as in
+            :class:`pyeff.compress.Compressor`; ``form`` and ``only_if`` as in
             :func:`pyeff.compress.factorize`; ``constants`` and ``round_to`` as in
             :func:`pyeff.compress.shrink`.
 

@@ -78,6 +78,7 @@ class CompressSession(Session):
             rank=rank,
             energy=config.energy,
             target_params=target,
+            keep_scale=chosen.get("keep_scale", True),
             options={k: chosen[k] for k in _SMALLER if k in chosen},
         )
 
