@@ -177,8 +177,10 @@ void require_innermost(const char* op, const TensorView& weight) {
   require_contiguous(op, turned);
 }
 
-// The kernels number the blocks of a launch by 31 bits.
+// The kernels number the pixels of a map, and the blocks of a launch, by 31 bits.
 void require_blocks(const char* op, const TensorView& maps) {
+  require_countable(op, "pixels of a map, and 64,",
+                    maps.shape[maps.ndim - 2] * maps.shape[maps.ndim - 1] + 64);
   std::int64_t elements = maps.ndim == 5 ? maps.shape[0] * maps.shape[1] : maps.shape[0];
   for (int d = maps.ndim - 3; d < maps.ndim; ++d) elements *= maps.shape[d];
   require_countable(op, "elements of the result / 128", elements / 128);

@@ -13,6 +13,11 @@
 #include "cuda/common.cuh"
 #include "cuda/launch.cuh"
 
+// The kernel's parameters are some 9 KB.
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+#error "branch_stage.cu: nvcc must be 12.1 or newer"
+#endif
+
 namespace pyeff::cuda {
 namespace {
 

@@ -124,7 +124,7 @@ __device__ void store_middle(typename Tile::Value* to, const Tile& tile,
 // channels of one tap after the other, through kStages buffers. Deterministic.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    factorized_pair_kernel(const PairProblem<typename Tile::Value> p) {
+    factorized_pair_kernel(const __grid_constant__ PairProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
   constexpr int kPitch = Tile::kDepth + Tile::kPad, kStage = kStageElements<Tile>;
   const int taps = p.first.taps, width = p.tile.width;

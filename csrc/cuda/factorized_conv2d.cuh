@@ -23,13 +23,14 @@ struct LineMap {
   }
 };
 
-// Whether sixteen bytes at once can be read wherever the indices are multiples of as many.
+// Whether sixteen bytes at once can be read wherever the indices are multiples of as many; `side` is
+// the dimension whose elements lie side by side.
 template <typename T>
-bool aligned(const TensorView& t) {
+bool aligned(const TensorView& t, int side) {
   bool result = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0;
   for (int d = 0; d < t.ndim; ++d) {
     // The stride of a dimension of one element may be anything.
-    const bool matters = t.shape[d] > 1 && t.stride[d] != 1;
+    const bool matters = t.shape[d] > 1 && d != side;
     if (matters && t.stride[d] * sizeof(T) % 16 != 0) result = false;
   }
   return result;
@@ -38,7 +39,7 @@ bool aligned(const TensorView& t) {
 template <typename T>
 LineMap<T> line_map(const TensorView& t, bool along_height) {
   const int a = along_height ? 2 : 3, b = 5 - a;
-  const bool wide = aligned<T>(t) && t.shape[1] * sizeof(T) % 16 == 0;
+  const bool wide = aligned<T>(t, 1) && t.shape[1] * sizeof(T) % 16 == 0;
   return {t.as<T>(),
           t.stride[0],
           t.stride[a],
@@ -68,7 +69,7 @@ template <typename T>
 LineWeight<T> line_weight(const TensorView& t, bool transposed) {
   const int o = transposed ? 1 : 0, i = 1 - o, tap = t.shape[2] > 1 ? 2 : 3;
   const bool wide =
-      (t.stride[i] == 1 || t.shape[i] == 1) && aligned<T>(t) && t.shape[i] * sizeof(T) % 16 == 0;
+      (t.stride[i] == 1 || t.shape[i] == 1) && aligned<T>(t, i) && t.shape[i] * sizeof(T) % 16 == 0;
   return {t.as<const T>(),
           t.stride[o],
           t.stride[i],

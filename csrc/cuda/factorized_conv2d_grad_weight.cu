@@ -11,7 +11,7 @@ namespace pyeff::cuda {
 namespace {
 
 constexpr int kStages = 3;
-// Two for each multiprocessor of an H100. A constant: results must not depend on the device's size.
+// Two for each multiprocessor of an H100. A constant: the same sums on every device.
 constexpr std::int64_t kBlocksWanted = 264;
 constexpr int kLeastPanels = 8;  // of a block
 constexpr int kAddThreads = 256;
@@ -70,7 +70,7 @@ constexpr int kStageElements = 2 * Tile::kDepth * (Tile::kRows + Tile::kColumnPa
 // A block owns kRows of o by kCols of c for one t and one s.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    factorized_line_grad_weight_kernel(const GradWeightProblem<typename Tile::Value> p) {
+    factorized_line_grad_weight_kernel(const __grid_constant__ GradWeightProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
   constexpr int kPitch = Tile::kRows + Tile::kColumnPad, kStage = kStageElements<Tile>;
   T* const shared = shared_memory<T>();

@@ -100,7 +100,7 @@ constexpr int kStageElements = (Tile::kRows + Tile::kCols) * (Tile::kDepth + Til
 // channels of one tap pass through kStages buffers. Deterministic.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    factorized_line_kernel(const LineProblem<typename Tile::Value> p) {
+    factorized_line_kernel(const __grid_constant__ LineProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
   constexpr int kPitch = Tile::kDepth + Tile::kPad, kStage = kStageElements<Tile>;
   T* const shared = shared_memory<T>();

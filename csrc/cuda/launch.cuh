@@ -11,11 +11,31 @@ namespace pyeff::cuda {
 // What a kernel may have without asking.
 constexpr std::size_t kPlainSharedBytes = 48 * 1024;
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// The most shared memory that a block of the current device can have, in bytes.
+inline std::size_t most_shared_bytes() {
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
 template <typename... P>
 void allow_shared(const char* name, void (*kernel)(P...), std::size_t shared_bytes) {
   if (shared_bytes <= kPlainSharedBytes) return;
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  // Always all there is: the attribute is the kernel's, and what another thread asked for a smaller
+  // launch must not stand in the way of this one.
+  const std::size_t most = most_shared_bytes();
+  const cudaError_t status =
+      shared_bytes > most
+          ? cudaErrorInvalidValue
+          : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(most));
   if (status == cudaSuccess) return;
   cudaGetLastError();  // it is reported here, not left for the next call
   throw std::runtime_error(std::string(name) + ": launch failed (shared memory " +
@@ -48,20 +68,6 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::
   throw std::runtime_error(std::string(name) + ": launch failed (" +
                            launch_words(grid, block, shared_bytes) +
                            "): " + cudaGetErrorString(status));
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-
-// The most shared memory that a block of the current device can have, in bytes.
-inline std::size_t most_shared_bytes() {
-  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // How many blocks of the kernel the current device holds at a time, at least one.

@@ -1,5 +1,5 @@
 #pragma once
-// The product that every convolution here comes down to: a block sums
+// The product that a nested convolution comes down to: a block sums
 //   c [kRows, kCols] = sum over k of a [kRows, k] b [k, kCols]
 // from tiles of kDepth terms that a loader brings into shared memory, kStages - 1 of them ahead.
 

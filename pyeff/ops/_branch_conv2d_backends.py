@@ -46,7 +46,7 @@ def forward(
     if name == "triton":
         return _triton().forward(channels_innermost(x), weight, bias, index, *conv)
     if name == "cuda":
-        return cuda.forward(x, weight, bias, index, conv, recording=recording)
+        return cuda.forward(x, weight, bias, index, conv)
     if name == "reference":
         return by_reference(x, weight, bias, index, conv)
     return aten.forward(x, weight, bias, index, conv)
@@ -123,8 +123,12 @@ def grad_weight(
 def bias_gradient(grad_y: Tensor, index: Tensor, branches: int) -> Tensor:
     """[B, O] from [N, k, O, H', W'] by ATen, differentiable; the same on every run."""
     sums = grad_y.sum(dim=(3, 4)).flatten(0, 1)
+    chosen = index.reshape(-1).long()
+    # On a GPU a route may name no branch: it takes part in nothing.
+    there = (chosen >= 0) & (chosen < branches)
+    sums, chosen = sums.where(there[:, None], 0), chosen.where(there, 0)
     zeros = sums.new_zeros(branches, grad_y.shape[2])
-    return zeros.index_put((index.reshape(-1).long(),), sums, accumulate=True)
+    return zeros.index_put((chosen,), sums, accumulate=True)
 
 
 # --- cpp ------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """branch_conv2d on the CUDA kernels.
 
-They take weights with the channels that are summed innermost in memory. Products of float32 are
+They take weights with the channels that are summed innermost in memory. A copy of a weight that is
+not so is made for every call: one that was kept would be missed by CUDA graphs, whose replay raises
+no version. Products of float32 are
 exact: these kernels never use TF32.
 """
 
@@ -8,19 +10,15 @@ from torch import Tensor
 
 from pyeff import _C as native
 from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps
-from pyeff.ops._packed import innermost_weight
 from pyeff.ops._top_k_routes_cuda import launch_plan
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv: Conv, *, recording: bool
-) -> Tensor:
-    """y [N, k, O, H', W'], O innermost; ``recording`` says that the weight is about to change."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, conv: Conv) -> Tensor:
+    """y [N, k, O, H', W'], O innermost."""
     y = empty_maps(x, *index.shape, weight.shape[1], *conv.output_size(x, weight))
-    packed = None if recording else innermost_weight(weight)
     native.branch_conv2d_forward_cuda(
         channels_innermost(x),
-        _innermost(weight) if packed is None else packed,
+        _innermost(weight),
         None if bias is None else bias.contiguous(),
         index,
         y,

@@ -63,6 +63,7 @@ class _Key(NamedTuple):
     pack: Pack
     dtype: torch.dtype
     integers: tuple[int, ...]
+    stream: int
 
 
 class _Entry(NamedTuple):
@@ -80,16 +81,18 @@ def native_plan(
     integers: Sequence[int],
     dtype: torch.dtype,
     pack: Pack | None = None,
+    stream: int = 0,
 ) -> NativePlan:
     """The plan that was lowered to these, packed anew where a parameter has changed.
 
     Args:
         tensors: Tensors of one dtype, on the CPU by default.
         integers: The program.
-        dtype: Of the packed parameters, float32 or float64.
+        dtype: Of the packed parameters.
         pack: Makes the plan; by default, that of the CPU kernel.
+        stream: On which it is packed, and alone read: another one would have to wait for it.
     """
-    key = _Key(pack or _pack, dtype, tuple(integers))
+    key = _Key(pack or _pack, dtype, tuple(integers), stream)
     if not tensors or any(t.is_inference() for t in tensors):
         return key.pack(tensors, key.integers, dtype)
     entries = _entries.get(tensors[0]) or []

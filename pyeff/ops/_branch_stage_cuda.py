@@ -22,7 +22,7 @@ def forward(x: Tensor, index: Tensor, plan: BranchPlan, y: Tensor) -> Tensor:
             it has too many steps.
     """
     tensors, integers = plan.lower()
-    stage = native_plan(tensors, integers, x.dtype, pack)
+    stage = _packed(tensors, tuple(integers), x)
     weights, vectors = stage.packed, stage.vectors
     assert vectors is not None
     # A plan without parameters has empty ones, on the CPU.
@@ -30,6 +30,16 @@ def forward(x: Tensor, index: Tensor, plan: BranchPlan, y: Tensor) -> Tensor:
         stage.program, x, index, weights.to(x.device), vectors.to(x.device), y
     )
     return y
+
+
+def _packed(tensors: Sequence[Tensor], integers: tuple[int, ...], x: Tensor) -> NativePlan:
+    """The packed parameters; within a CUDA graph packed by it, since kept ones may be freed."""
+    if not x.is_cuda:  # the emulation
+        return native_plan(tensors, integers, x.dtype, pack)
+    if torch.cuda.is_current_stream_capturing():
+        return pack(tensors, integers, x.dtype)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return native_plan(tensors, integers, x.dtype, pack, stream)
 
 
 def pack(tensors: Sequence[Tensor], integers: tuple[int, ...], dtype: torch.dtype) -> NativePlan:

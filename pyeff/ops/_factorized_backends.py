@@ -46,7 +46,7 @@ def forward(tensors: Tensors, pair: FactorPair, *, recording: bool = False) -> T
     if name == "reference":
         return by_reference(tensors, pair)
     if name == "cuda":
-        return cuda_forward(pair, *tensors, recording=recording)
+        return cuda_forward(pair, *tensors)
     form = forward_form(name, x, w_first, w_second, pair)
     if recording and x.dtype == torch.bfloat16:
         form = form._replace(winograd=False)  # training would feel what it rounds once more

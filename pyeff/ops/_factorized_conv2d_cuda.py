@@ -18,7 +18,6 @@ from pyeff.ops._factorized_pair import (
     taps_of,
 )
 from pyeff.ops._factorized_torch import activate
-from pyeff.ops._packed import innermost_weight
 
 # What may follow a line beside its bias: scale, shift, residual.
 _NOTHING = (None, None, None)
@@ -34,7 +33,6 @@ def forward(
     w_second: Tensor,
     b_second: Tensor | None,
     *epilogue: Tensor | None,
-    recording: bool = False,
 ) -> Tensor:
     """y [N, F, H', W'], channels_last.
 
@@ -46,7 +44,6 @@ def forward(
         w_second: Second weight.
         b_second: Second bias.
         epilogue: Scale, shift and residual.
-        recording: A gradient of the weights will follow: they are about to change.
     """
     taps, vertical, problem = taps_of(w_first), is_vertical_first(w_first), _problem(pair)
     y = empty_channels_last(x, x.shape[0], w_second.shape[0], *pair.output_size(x.shape, taps))
@@ -55,7 +52,7 @@ def forward(
     if residual is not None:
         residual = as_channels_last(residual)
     ends = (_contiguous(b_second), _contiguous(scale), _contiguous(shift), residual)
-    w_first, w_second = (_weight(w, recording=recording) for w in (w_first, w_second))
+    w_first, w_second = (_weight(w) for w in (w_first, w_second))
     if native.factorized_conv2d_fits_cuda(w_first, w_second, y, problem):
         native.factorized_conv2d_forward_cuda(x, w_first, b_first, w_second, *ends, y, problem)
         return y
@@ -108,7 +105,7 @@ def _middle_map(x: Tensor, weight: Tensor, bias: Tensor | None, pair: FactorPair
     line = pair._replace(inner=None, outer=pair.inner if pair.inner in _FROM_RESULT else None)
     native.factorized_conv2d_line_forward_cuda(
         x,
-        _weight(weight, recording=True),
+        _weight(weight),
         _contiguous(bias),
         *_NOTHING,
         before,
@@ -150,12 +147,11 @@ def _sum_over_pixels(maps: Tensor) -> Tensor:
     return maps.sum(dim=(0, 2, 3))
 
 
-def _weight(weight: Tensor, *, recording: bool) -> Tensor:
-    """The weight with its input channels innermost in memory."""
+def _weight(weight: Tensor) -> Tensor:
+    """The weight with its input channels innermost in memory; see _branch_conv2d_cuda.py."""
     if weight.stride(1) == 1 or weight.shape[1] == 1:
         return weight
-    kept = None if recording else innermost_weight(weight)
-    return weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if kept is None else kept
+    return weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -126,7 +126,10 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, 
 def _grad_bias(grad_y: Tensor, channels: int, conv: Conv) -> Tensor:
     part = _sum_over_pixels(grad_y)
     if isinstance(conv.out_selection, Tensor):
-        return part.new_zeros(channels).index_copy(0, conv.out_selection, part)
+        # On a GPU an index may lie outside: it takes part in nothing. The last place is for those.
+        index = conv.out_selection
+        index = index.where((index >= 0) & (index < channels), channels)
+        return part.new_zeros(channels + 1).index_copy(0, index, part)[:channels]
     lo, hi = conv.out_selection
     return F.pad(part, (lo, channels - hi))
 

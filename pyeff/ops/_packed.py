@@ -48,15 +48,6 @@ def packed_line(weight: Tensor, winograd: bool) -> Tensor | None:
     return _packed_copy(weight, ("line", winograd), _pack_line)
 
 
-def innermost_weight(weight: Tensor) -> Tensor | None:
-    """The weight with its input channels innermost in memory, or None where no copy is kept.
-
-    Args:
-        weight: On a GPU, [O, I / groups, kh, kw]; of branches [B, O, I / groups, kh, kw].
-    """
-    return _packed_copy(weight, "innermost", _pack_innermost)
-
-
 def pack_line(weight: Tensor) -> Tensor:
     """A packed form that the caller keeps: of a CPU weight [O, I, n, 1], without Winograd."""
     return _pack_line(weight, ("line", False))
@@ -90,10 +81,6 @@ def _pack(weight: Tensor, groups: int) -> Tensor:
     packed = _empty(weight, _C.branch_conv2d_packed_elements(stacked, groups))
     _C.branch_conv2d_pack(stacked, packed, groups, torch.get_num_threads())
     return packed
-
-
-def _pack_innermost(weight: Tensor, form: str) -> Tensor:
-    return weight.detach().movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def _pack_line(weight: Tensor, form: tuple[str, bool]) -> Tensor:

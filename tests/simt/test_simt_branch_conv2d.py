@@ -69,17 +69,17 @@ def test_branch_linear(simt, name):
     linear.test_matches_reference(name, torch.bfloat16, "cpu", "cuda")
 
 
-def test_kept_copy_of_the_weight_follows_every_change(simt):
+def test_weights_that_change_unseen_are_read(simt):
+    """No copy of a weight is kept: the replay of a CUDA graph raises no version."""
     case = Case(3, 2, 4, 8, 8, (4, 5), padding=1)
     x, weight, bias = case.tensors(torch.float32)
     index = case.routes()
-    with torch.no_grad(), pyeff.backend("cuda"):
-        for change in (lambda: None, lambda: weight.mul_(2), lambda: weight[1].zero_()):
-            change()
-            for _ in range(3):
-                y = branch_conv2d(x, weight, bias, index, padding=1)
-            want = reference(x.double(), weight.double(), bias.double(), index, padding=1)
-            assert_close(y, want, "y", scale=2)
+    for _ in range(3):
+        weight.data.mul_(2)
+        with torch.no_grad(), pyeff.backend("cuda"):
+            y = branch_conv2d(x, weight, bias, index, padding=1)
+        want = reference(x.double(), weight.double(), bias.double(), index, padding=1)
+        assert_close(y, want, "y", scale=8)
 
 
 def test_a_route_to_no_branch_gives_zeros_and_takes_no_part(simt, monkeypatch):
