@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ from gpu_timing import Timer
 from timing import write_text
 from torch import Tensor
 
+import pyeff
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+# Backends with kernels of ours.
+OWN = ("triton", "cuda")
 # Largest error against float64, relative to the largest value.
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3}
 
@@ -36,6 +40,44 @@ def verify(problem: Any, name: str, got: Any, expected: list[Tensor]) -> None:
         error = ((actual.double() - right).abs().max() / right.abs().max()).item()
         if not error <= TOLERANCE[problem.dtype]:
             raise RuntimeError(f"{name} is wrong on {problem}: result {index}, error {error:.2e}")
+
+
+def own(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """A call of an operator on Triton's kernels and, where they were built, on those in CUDA C++."""
+    names = [name for name in OWN if name != "cuda" or pyeff.info()["cuda"]["built"]]
+    return {name: _forced(name, call) for name in names}
+
+
+def _forced(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with pyeff.backend(name):
+            return call()
+
+    return run
+
+
+def summary(flop: float, times: Mapping[str, Any]) -> dict[str, object]:
+    """What a row says of its times: the fastest of ours beside the fastest of the others.
+
+    Args:
+        flop: floating-point operations of a call.
+        times: of the candidates, by name; a graph's name ends with ", graph".
+    """
+
+    def fastest(mine: bool, graph: bool) -> float:
+        return min(
+            time.cold
+            for name, time in times.items()
+            if (name.split(",")[0] in OWN) == mine and name.endswith("graph") == graph
+        )
+
+    return {
+        "gflop": flop / 1e9,
+        "tflop_per_s": flop / fastest(True, True) / 1e9,
+        "times_ms": {name: t._asdict() for name, t in times.items()},
+        "ratio_to_strongest": fastest(False, False) / fastest(True, False),
+        "ratio_graphs": fastest(False, True) / fastest(True, True),
+    }
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:

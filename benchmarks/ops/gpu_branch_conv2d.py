@@ -1,11 +1,12 @@
-"""branch_conv2d in Triton against what a user of cuDNN would run, on the GPU of this machine.
+"""branch_conv2d, our kernels, against what a user of cuDNN would run, on the GPU of this machine.
 
 Layers of HydraNet branches: the first reads one map for all branches of an image, the others read
 one for each (image, branch) pair. Candidates, forward and training (forward and all three
-gradients): ours; the gathered weights in one grouped convolution ("gathered", in NCHW, which suits
-it better); a loop over the branches ("loop", one wait for the host); all branches at once, of which
-the chosen are kept ("dense"). Ours, gathered and dense also as CUDA graphs; the loop cannot be one.
-cuDNN picks its algorithm by measuring. Every candidate is compared with float64 before it is timed.
+gradients): ours in Triton and in CUDA C++; the gathered weights in one grouped convolution
+("gathered", in NCHW, which suits it better); a loop over the branches ("loop", one wait for the
+host); all branches at once, of which the chosen are kept ("dense"). Ours, gathered and dense also
+as CUDA graphs; the loop cannot be one. cuDNN picks its algorithm by measuring. Every candidate is
+compared with float64 before it is timed.
 """
 
 import sys
@@ -20,7 +21,7 @@ from torch import Tensor
 import pyeff
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpu_rows import DTYPES, run_benchmark, verify, with_gradients
+from gpu_rows import DTYPES, OWN, own, run_benchmark, summary, verify, with_gradients
 from gpu_timing import Timer, captured
 
 BATCHES = (32, 1, 128)
@@ -243,25 +244,14 @@ def measure(problem: Problem, timer: Timer) -> dict[str, object]:
     torch.backends.cudnn.benchmark = False  # not worth it for the float64 convolutions
     expected = expected_results(problem, inputs)
     torch.backends.cudnn.benchmark = True
-    with pyeff.backend("triton"):
-        candidates = eager_candidates(problem, inputs)
-        for name in ("ours", "gathered", "dense"):
-            candidates[f"{name}, graph"] = captured(candidates[name])
-        for name, call in candidates.items():
-            verify(problem, name, call(), expected)
-        times = timer.measure(candidates)
-    others = {name: t.cold for name, t in times.items() if not name.startswith("ours")}
-    return {
-        **problem._asdict(),
-        "layer": problem.layer._asdict(),
-        "gflop": problem.flop / 1e9,
-        "tflop_per_s": problem.flop / times["ours, graph"].cold / 1e9,
-        "times_ms": {name: t._asdict() for name, t in times.items()},
-        "ratio_to_strongest": min(t for name, t in others.items() if "graph" not in name)
-        / times["ours"].cold,
-        "ratio_graphs": min(t for name, t in others.items() if "graph" in name)
-        / times["ours, graph"].cold,
-    }
+    candidates = eager_candidates(problem, inputs)
+    candidates = {**own(candidates.pop("ours")), **candidates}
+    graphs = [name for name in candidates if name in (*OWN, "gathered", "dense")]
+    candidates |= {f"{name}, graph": captured(candidates[name]) for name in graphs}
+    for name, call in candidates.items():
+        verify(problem, name, call(), expected)
+    found = summary(problem.flop, timer.measure(candidates))
+    return {**problem._asdict(), "layer": problem.layer._asdict(), **found}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""factorized_conv2d in Triton against what a user of cuDNN would run, on the GPU of this machine.
+"""factorized_conv2d, our kernels, against what a user of cuDNN would run, on the GPU of this machine.
 
 ERFNet's pairs with a folded norm and relu between and after, at 512 x 1024. Candidates, forward and
-training (forward and the gradients of x, both weights and both biases): ours; two convolutions and
-what stands around them ("eager"); the same compiled by Inductor ("compiled", of the first rows
-only, since it takes long). Ours and eager also as CUDA graphs. cuDNN picks its algorithm by
-measuring. Every candidate is compared with float64 before it is timed.
+training (forward and the gradients of x, both weights and both biases): ours in Triton and in CUDA
+C++; two convolutions and what stands around them ("eager"); the same compiled by Inductor
+("compiled", of the first rows only, since it takes long). Ours and eager also as CUDA graphs. cuDNN
+picks its algorithm by measuring. Every candidate is compared with float64 before it is timed.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch import Tensor
 import pyeff
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpu_rows import DTYPES, run_benchmark, verify
+from gpu_rows import DTYPES, OWN, own, run_benchmark, summary, verify
 from gpu_timing import Timer, captured
 
 BATCHES = (1, 4)
@@ -169,26 +169,16 @@ def measure(problem: Problem, timer: Timer) -> dict[str, object]:
     torch.backends.cudnn.benchmark = False  # not worth it for the float64 convolutions
     expected = expected_results(problem, inputs)
     torch.backends.cudnn.benchmark = True
-    with pyeff.backend("triton"):
-        candidates = eager_candidates(problem, inputs)
-        for name in ("ours", "eager"):
-            candidates[f"{name}, graph"] = captured(candidates[name])
-        if with_compile(problem):
-            candidates["compiled"] = torch.compile(composed(problem, inputs))
-        for name, call in candidates.items():
-            verify(problem, name, call(), expected)
-        times = timer.measure(candidates)
-    others = {name: t.cold for name, t in times.items() if not name.startswith("ours")}
-    return {
-        **problem._asdict(),
-        "layer": problem.layer._asdict(),
-        "gflop": problem.flop / 1e9,
-        "tflop_per_s": problem.flop / times["ours, graph"].cold / 1e9,
-        "times_ms": {name: t._asdict() for name, t in times.items()},
-        "ratio_to_strongest": min(t for name, t in others.items() if "graph" not in name)
-        / times["ours"].cold,
-        "ratio_graphs": others["eager, graph"] / times["ours, graph"].cold,
-    }
+    candidates = eager_candidates(problem, inputs)
+    candidates = {**own(candidates.pop("ours")), **candidates}
+    graphs = [name for name in candidates if name in (*OWN, "eager")]
+    candidates |= {f"{name}, graph": captured(candidates[name]) for name in graphs}
+    if with_compile(problem):
+        candidates["compiled"] = torch.compile(composed(problem, inputs))
+    for name, call in candidates.items():
+        verify(problem, name, call(), expected)
+    found = summary(problem.flop, timer.measure(candidates))
+    return {**problem._asdict(), "layer": problem.layer._asdict(), **found}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""nested_conv2d in Triton against what a user of cuDNN would run, on the GPU of this machine.
+"""nested_conv2d, our kernels, against what a user of cuDNN would run, on the GPU of this machine.
 
-Candidates, forward: ours; F.conv2d on a slice of the weight made at each call ("sliced"), on a
-slice made once ("cached slice"), and the first under torch.compile; ours and the cached slice as
-CUDA graphs. Training (forward and all three gradients): ours, sliced, and both as CUDA graphs.
-Everything is channels_last, with bias; cuDNN picks its algorithm by measuring.
+Candidates, forward: ours in Triton and in CUDA C++; F.conv2d on a slice of the weight made at each
+call ("sliced"), on a slice made once ("cached slice"), and the first under torch.compile; ours and
+the cached slice as CUDA graphs. Training (forward and all three gradients): ours, sliced, and both
+as CUDA graphs. Everything is channels_last, with bias; cuDNN picks its algorithm by measuring.
 Every candidate is compared with float64 before it is timed.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 import pyeff
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpu_rows import DTYPES, run_benchmark, verify, with_gradients
+from gpu_rows import DTYPES, OWN, own, run_benchmark, summary, verify, with_gradients
 from gpu_timing import Timer, captured
 
 SHAPES = ((256, 14), (128, 28), (64, 56))  # channels, pixels: stages of a residual network
@@ -137,14 +137,14 @@ def eager_candidates(problem: Problem, inputs: Inputs) -> dict[str, Callable[[],
 def all_candidates(problem: Problem, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """The eager ones, their CUDA graphs and, where it is worth the wait, the compiled one."""
     candidates = eager_candidates(problem, inputs)
+    candidates = {**own(candidates.pop("ours")), **candidates}
     if problem.with_compile:
         torch._dynamo.reset()  # every shape is a compilation of its own, not a recompilation
         compiled = torch.compile(sliced(problem, inputs), fullgraph=True)
         candidates["compiled"] = with_gradients(compiled, inputs) if problem.training else compiled
     best = "sliced" if problem.training else "cached slice"
-    candidates["ours, graph"] = captured(candidates["ours"])
-    candidates[f"{best}, graph"] = captured(candidates[best])
-    return candidates
+    graphs = [name for name in candidates if name in (*OWN, best)]
+    return candidates | {f"{name}, graph": captured(candidates[name]) for name in graphs}
 
 
 def expected_results(problem: Problem, inputs: Inputs) -> list[Tensor]:
@@ -163,23 +163,12 @@ def measure(problem: Problem, timer: Timer) -> dict[str, object]:
     torch.backends.cudnn.benchmark = False  # not worth it for the float64 convolutions
     expected = expected_results(problem, inputs)
     torch.backends.cudnn.benchmark = True
-    with pyeff.backend("triton"):
-        candidates = all_candidates(problem, inputs)
-        for name, call in candidates.items():
-            verify(problem, name, call(), expected)
-        times = timer.measure(candidates)
-    others = {name: t for name, t in times.items() if not name.startswith("ours")}
-    eager = min(t.cold for name, t in others.items() if "graph" not in name)
-    graph = next(t.cold for name, t in others.items() if "graph" in name)
-    return {
-        **problem._asdict(),
-        "active": problem.active,
-        "gflop": problem.flop / 1e9,
-        "tflop_per_s": problem.flop / times["ours, graph"].cold / 1e9,
-        "times_ms": {name: t._asdict() for name, t in times.items()},
-        "ratio_to_strongest": eager / times["ours"].cold,
-        "ratio_graphs": graph / times["ours, graph"].cold,
-    }
+    candidates = all_candidates(problem, inputs)
+    for name, call in candidates.items():
+        verify(problem, name, call(), expected)
+    times = timer.measure(candidates)
+    found = summary(problem.flop, times)
+    return {**problem._asdict(), "active": problem.active, **found}
 
 
 if __name__ == "__main__":

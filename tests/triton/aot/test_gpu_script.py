@@ -6,13 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from pyeff.ops import _dispatch
+
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "ops")]
 gpu = importlib.import_module("gpu")
+gpu_rows = importlib.import_module("gpu_rows")
 bench = importlib.import_module("gpu_nested_conv2d")
 branch_bench = importlib.import_module("gpu_branch_conv2d")
 pair_bench = importlib.import_module("gpu_factorized_conv2d")
@@ -101,7 +105,7 @@ def page_of(module, name):
     row = {
         **first._asdict(),
         "layer": None if name == "nested_conv2d" else module.LAYERS[0]._asdict(),
-        "times_ms": {"ours": TIMES, "ours, graph": TIMES},
+        "times_ms": {"triton": TIMES, "triton, graph": TIMES},
         "ratio_to_strongest": 1.5,
         "ratio_graphs": 2.5,
         "tflop_per_s": 7.0,
@@ -208,3 +212,33 @@ def test_every_operator_has_a_script_a_table_and_a_time():
         assert (BENCHMARKS / "ops" / f"gpu_{name}.py").exists()
         assert gpu.LIMITS[name] > 60
         assert gpu.PROBLEM[name]
+
+
+class Time(NamedTuple):
+    cold: float
+    wall: float = 0.0
+
+
+def test_a_row_compares_the_fastest_of_ours_with_the_fastest_of_the_others():
+    cold = {
+        "triton": 4.0,
+        "cuda": 3.0,
+        "sliced": 6.0,
+        "compiled": 5.0,
+        "triton, graph": 1.0,
+        "cuda, graph": 2.0,
+        "sliced, graph": 3.0,
+    }
+    found = gpu_rows.summary(2e9, {name: Time(value) for name, value in cold.items()})
+    assert found["ratio_to_strongest"] == 5 / 3
+    assert found["ratio_graphs"] == 3.0
+    assert found["tflop_per_s"] == 2.0
+    assert found["times_ms"]["cuda"] == {"cold": 3.0, "wall": 0.0}
+
+
+def test_own_kernels_run_on_their_backends(monkeypatch):
+    monkeypatch.setattr(gpu_rows.pyeff, "info", lambda: {"cuda": {"built": True}})
+    calls = gpu_rows.own(_dispatch.forced_backend)
+    assert {name: call() for name, call in calls.items()} == {"triton": "triton", "cuda": "cuda"}
+    monkeypatch.setattr(gpu_rows.pyeff, "info", lambda: {"cuda": {"built": False}})
+    assert list(gpu_rows.own(_dispatch.forced_backend)) == ["triton"]
