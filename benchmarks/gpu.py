@@ -261,7 +261,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "\nMilliseconds on the device from a cold L2 cache, median; in brackets per call in a row "
         "of calls on the host's clock. Every candidate was compared with float64 first. The "
         "last columns: the fastest other candidate without a graph over the faster of our two "
-        "(triton, cuda), the same for the graphs, and our rate in the graph. 8192 x 8192 matrix products here reach, in TFLOP/s: "
+        "(triton, cuda), the same for the graphs, and our rate in the graph. 8192 x 8192 matrix "
+        "products here reach, in TFLOP/s: "
         f"{', '.join(f'{k} {v:.0f}' for k, v in rates.items())}.\n"
     )
     for name, results in report["results"].items():

@@ -43,7 +43,7 @@ def verify(problem: Any, name: str, got: Any, expected: list[Tensor]) -> None:
 
 
 def own(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """A call of an operator on Triton's kernels and, where they were built, on those in CUDA C++."""
+    """A call of an operator on Triton's kernels and, where they were built, on CUDA C++'s."""
     names = [name for name in OWN if name != "cuda" or pyeff.info()["cuda"]["built"]]
     return {name: _forced(name, call) for name in names}
 

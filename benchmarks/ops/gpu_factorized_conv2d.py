@@ -1,4 +1,4 @@
-"""factorized_conv2d, our kernels, against what a user of cuDNN would run, on the GPU of this machine.
+"""factorized_conv2d, our kernels, against what a user of cuDNN would run, on this machine's GPU.
 
 ERFNet's pairs with a folded norm and relu between and after, at 512 x 1024. Candidates, forward and
 training (forward and the gradients of x, both weights and both biases): ours in Triton and in CUDA
