@@ -23,8 +23,8 @@ struct LineMap {
   }
 };
 
-// Whether sixteen bytes at once can be read wherever the indices are multiples of as many; `side` is
-// the dimension whose elements lie side by side.
+// Whether sixteen bytes at once can be read wherever the indices are multiples of as many; `side`
+// is the dimension whose elements lie side by side.
 template <typename T>
 bool aligned(const TensorView& t, int side) {
   bool result = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0;

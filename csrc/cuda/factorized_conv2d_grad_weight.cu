@@ -69,8 +69,8 @@ constexpr int kStageElements = 2 * Tile::kDepth * (Tile::kRows + Tile::kColumnPa
 // grad_y[n, a, b, o] x[n, a * stride - padding + t * dilation, b, c].
 // A block owns kRows of o by kCols of c for one t and one s.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
-    factorized_line_grad_weight_kernel(const __grid_constant__ GradWeightProblem<typename Tile::Value> p) {
+__global__ void __launch_bounds__(Tile::kThreads) factorized_line_grad_weight_kernel(
+    const __grid_constant__ GradWeightProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
   constexpr int kPitch = Tile::kRows + Tile::kColumnPad, kStage = kStageElements<Tile>;
   T* const shared = shared_memory<T>();
