@@ -61,12 +61,13 @@ def kernel_name(entry: str) -> str:
     """Of an entry function, which older compilers report as the linker sees it."""
     if not entry.startswith("_Z"):
         return re.search(r"\w+_kernel\b", entry).group()
-    # Each name follows its length, which may follow other digits.
-    for start, end in ((m.start(1), m.end(1)) for m in re.finditer(r"(?=(\d+))", entry)):
-        name = entry[end : end + int(entry[start:end])]
-        if name.endswith("_kernel"):
-            return name
-    raise ValueError(f"no kernel in {entry}")
+    # Each name follows its length, which may follow other digits. An anonymous namespace has a hash,
+    # with numbers after which as many letters happen to end with the kernel's name: the shortest.
+    names = [entry[m.end(1) : m.end(1) + int(m.group(1))] for m in re.finditer(r"(?=(\d+))", entry)]
+    kernels = [name for name in names if name.endswith("_kernel")]
+    if not kernels:
+        raise ValueError(f"no kernel in {entry}")
+    return min(kernels, key=len)
 
 
 def parse(report: str) -> list[Kernel]:
