@@ -61,8 +61,8 @@ def kernel_name(entry: str) -> str:
     """Of an entry function, which older compilers report as the linker sees it."""
     if not entry.startswith("_Z"):
         return re.search(r"\w+_kernel\b", entry).group()
-    # Each name follows its length, which may follow other digits. An anonymous namespace has a hash,
-    # with numbers after which as many letters happen to end with the kernel's name: the shortest.
+    # Each name follows its length, which may follow other digits. An anonymous namespace has a
+    # hash, of which a number may reach to the end of the kernel's name too: the shortest.
     names = [entry[m.end(1) : m.end(1) + int(m.group(1))] for m in re.finditer(r"(?=(\d+))", entry)]
     kernels = [name for name in names if name.endswith("_kernel")]
     if not kernels:

@@ -60,7 +60,6 @@ def test_the_compiler_s_report_is_read():
 
 
 def test_the_hash_of_an_anonymous_namespace_is_not_part_of_a_name():
-    # Fifty-three characters after the first 53 the name ends.
     name = "top_k_routes_kernel"
     middle = "f3b9_15_top_k_routes_cu_ff790fd5"
     entry = f"_ZN5pyeff4cuda40_N_{len(middle) + 2 + len(name)}{middle}{len(name)}{name}Ev"
