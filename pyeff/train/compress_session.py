@@ -110,7 +110,7 @@ class CompressSession(Session):
         """Replaces the network by the smaller one."""
         before, optimizer = self.model, self.optimizer
         self.processes.copy_buffers(before)
-        made = compressor.compress(self._plain_copy()) if self.processes.first else None
+        made = self.processes.by_first(lambda: compressor.compress(self._plain_copy()))
         document = self.processes.document(
             None
             if made is None

@@ -2,14 +2,16 @@
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,34 @@ class Processes:
         held = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
         held = torch.zeros(int(size), dtype=torch.uint8) if held is None else held
         return json.loads(bytes(self.of_first(held).cpu().tolist()))
+
+    def by_first(self, make: Callable[[], Made]) -> Made | None:
+        """What a function gives in the first process, the only one that runs it.
+
+        Args:
+            make: must not speak to other processes.
+
+        Returns:
+            What it made; ``None`` in the other processes.
+
+        Raises:
+            RuntimeError: in the other processes, where it failed in the first, which raises its
+                own error: nobody goes on to wait for a process that is gone.
+        """
+        if self.ranks == 1:
+            return make()
+        made, failure = None, None
+        if self.first:
+            try:
+                made = make()
+            except Exception as error:
+                failure = error
+        told = self.document(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise RuntimeError(f"the first process failed: {told}")
+        return made
 
     def wait(self) -> None:
         """Returns when every process has come here."""

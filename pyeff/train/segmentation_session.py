@@ -187,18 +187,18 @@ class SegmentationSession:
     def save(self) -> None:
         """Writes the checkpoint: the first process does, for all."""
         self.processes.copy_buffers(self.model)
-        if self.processes.first:
-            meta = {
-                **self.describe(),
-                "records": self.history.records,
-                "left_fresh": self.left_fresh,
-                "by_torchvision": self.batches.by_torchvision,
-                "train_pictures": len(self.data.split("train")),
-            }
-            save_segmentation_state(
+        meta = {
+            **self.describe(),
+            "records": self.history.records,
+            "left_fresh": self.left_fresh,
+            "by_torchvision": self.batches.by_torchvision,
+            "train_pictures": len(self.data.split("train")),
+        }
+        self.processes.by_first(
+            lambda: save_segmentation_state(
                 self.checkpoint, self.model, self.optimizer, self.progress, meta
             )
-        self.processes.wait()
+        )
 
     def describe(self) -> dict[str, Any]:
         """What every file with weights keeps beside them (JSON-able)."""
@@ -322,9 +322,9 @@ class SegmentationSession:
         if self.stage == ENCODER or score.miou <= self.progress.best_miou:
             return
         self.progress.best_epoch, self.progress.best_miou = epoch, score.miou
-        if self.config.keep == "best" and self.processes.first:
-            save(self.model, self.best, extra={**self.describe(), "epoch": epoch})
-        self.processes.wait()
+        if self.config.keep == "best":
+            about = {**self.describe(), "epoch": epoch}
+            self.processes.by_first(lambda: save(self.model, self.best, extra=about))
 
 
 def take_weights(model: nn.Module, path: str) -> list[str]:

@@ -159,11 +159,11 @@ class Session:
     def save(self) -> None:
         """Writes the checkpoint: the first process does, for all."""
         self.processes.copy_buffers(self.model)
-        if self.processes.first:
-            save_state(
+        self.processes.by_first(
+            lambda: save_state(
                 self.trainer.checkpoint, self.model, self.optimizer, self.progress, self._meta()
             )
-        self.processes.wait()
+        )
 
     def _meta(self) -> dict[str, Any]:
         return {

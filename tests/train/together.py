@@ -19,21 +19,25 @@ def run(script, out, *words, processes):
 
     Alone it runs in this process: starting one takes longer than the training.
     """
-    path = str(HERE / script)
     if processes == 1:
+        path = str(HERE / script)
         with mock.patch.object(sys, "argv", [path, str(out), *words]):
             runpy.run_path(path)
     else:
-        folders = [str(HERE.parent), str(Path(pyeff.__file__).parents[1])]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": os.pathsep.join(folders),
-        }
-        launcher = ["-m", "torch.distributed.run", "--standalone"]
-        count = f"--nproc-per-node={processes}"
-        command = [sys.executable, *launcher, count, str(LEAVING), path, str(out), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(script, out, *words, processes=processes)
     return read_archive(out / "checkpoint.safetensors")
+
+
+def launch(script, out, *words, processes):
+    """Runs a script of this folder in several processes, which must end well."""
+    folders = [str(HERE.parent), str(Path(pyeff.__file__).parents[1])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, str(LEAVING), str(HERE / script), str(out), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
