@@ -8,10 +8,10 @@
 namespace pyeff::bindings {
 namespace {
 
-// (stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups, threads)
+// (stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups, threads, tf32)
 BranchConv2d read_problem(const char* op, const py::tuple& integers) {
-  const auto v = read_integers<8>(op, integers);
-  return {read_window(op, v.data()), read_groups(op, v[6]), read_threads(op, v[7])};
+  const auto v = read_integers<9>(op, integers);
+  return {read_window(op, v.data()), read_groups(op, v[6]), read_threads(op, v[7]), v[8] != 0};
 }
 
 void check_weight(const char* op, const TensorView& weight, std::int64_t groups) {

@@ -4,37 +4,35 @@
 #include "cuda/branch_conv2d.cuh"
 
 #include "cuda/launch.cuh"
-#include "cuda/warp.cuh"
 
 namespace pyeff::cuda {
 namespace {
 
-// A block owns kPixels pixels of one map and kOutputs outputs. Steps of kDepth channels of one tap
-// of one route pass through kStages buffers; a row of a buffer is 64 bytes and 16 that keep eight
-// rows in different banks.
-constexpr int kPixels = 64, kOutputs = 64, kThreads = 128, kStages = 3;
-constexpr int kRowBytes = 80, kPieces = 4;
+// A block owns a tile of pixels of one map by outputs. Steps of kDepth channels of one tap of one
+// route pass through kStages buffers.
+constexpr int kStages = 3;
+template <typename Tile>
+constexpr int kStageElements =
+    RowPanel<Tile, Tile::kRows>::kElements + RowPanel<Tile, Tile::kCols>::kElements;
 
-template <typename T>
-constexpr int kDepth = 64 / sizeof(T);
-template <typename T>
-constexpr int kRow = kRowBytes / sizeof(T);
+// Where a block takes one element for each of its threads.
+constexpr int kThreads = 128;
 
 // Steps in their order: routes, taps, channels. Every thread of a block counts them alike.
 struct Step {
   int j, u, v, channel;
 };
 
-template <typename T>
+template <typename Tile>
 struct Steps {
-  const BranchProblem<T>& p;
-  int first_route, routes;
+  const BranchProblem<typename Tile::Value>& p;
+  int routes;
 
   __device__ int count() const {
-    return routes * p.taps.count() * ((p.channels + kDepth<T> - 1) / kDepth<T>);
+    return routes * p.taps.count() * ((p.channels + Tile::kDepth - 1) / Tile::kDepth);
   }
   __device__ void advance(Step& step) const {
-    step.channel += kDepth<T>;
+    step.channel += Tile::kDepth;
     if (step.channel < p.channels) return;
     step.channel = 0;
     if (++step.v < p.taps.kernel_w) return;
@@ -51,10 +49,10 @@ struct Place {
   int j, first_pixel, group, first_output;
 };
 
-template <typename T>
-__device__ Place place_of(const BranchProblem<T>& p, std::int64_t block) {
-  const int out_tiles = (p.outputs + kOutputs - 1) / kOutputs;
-  const int pixel_tiles = (p.result.pixels() + kPixels - 1) / kPixels;
+template <typename Tile>
+__device__ Place place_of(const BranchProblem<typename Tile::Value>& p, std::int64_t block) {
+  const int out_tiles = (p.outputs + Tile::kCols - 1) / Tile::kCols;
+  const int pixel_tiles = (p.result.pixels() + Tile::kRows - 1) / Tile::kRows;
   const int out_tile = static_cast<int>(block % out_tiles);
   block /= out_tiles;
   const int group = static_cast<int>(block % p.groups);
@@ -63,184 +61,100 @@ __device__ Place place_of(const BranchProblem<T>& p, std::int64_t block) {
   block /= pixel_tiles;
   const std::int64_t n = p.summed ? block : block / p.k;
   const int j = p.summed ? 0 : static_cast<int>(block % p.k);
-  return {n, j, pixel_tile * kPixels, group, out_tile * kOutputs};
+  return {n, j, pixel_tile * Tile::kRows, group, out_tile * Tile::kCols};
 }
 
-// Fills the buffers of one step: pixels [kPixels, kDepth] and weights [kOutputs, kDepth].
-template <typename T, bool kWhole>
-__device__ void load_step(const BranchProblem<T>& p, const Place& place, const Step& step, T* to) {
+// Fills the buffers of one step: pixels [kRows, kDepth] and weights [kCols, kDepth].
+template <typename Tile>
+__device__ void load_step(const BranchProblem<typename Tile::Value>& p, const Place& place,
+                          const Step& step, typename Tile::Value* to) {
+  using T = typename Tile::Value;
+  using Pixels = RowPanel<Tile, Tile::kRows>;
+  using Weights = RowPanel<Tile, Tile::kCols>;
+  constexpr int kChunk = 16 / sizeof(T), kChunks = Tile::kDepth / kChunk;
   const std::int64_t branch = p.index[place.n * p.k + step.j];
   const bool exists = p.exists(branch);
-  const T* const map =
-      p.source.map(place.n, step.j) + std::int64_t{place.group} * p.channels + step.channel;
+  const T* const map = p.source.map(place.n, step.j) + std::int64_t{place.group} * p.channels;
   const int tap = step.u * p.taps.kernel_w + step.v;
   const T* const weights =
       p.weight +
       (((exists ? branch : 0) * p.groups + place.group) * p.outputs * p.taps.count() + tap) *
-          p.channels +
-      step.channel;
+          p.channels;
 #pragma unroll
-  for (int i = 0; i < kPixels * kPieces / kThreads; ++i) {
-    const int id = threadIdx.x + i * kThreads, row = id / kPieces;
-    const int channel = id % kPieces * Chunk<T>::kElements;
-    const int pixel = place.first_pixel + row;
+  for (int i = 0; i < Tile::kRows * kChunks / Tile::kThreads; ++i) {
+    const int id = threadIdx.x + i * Tile::kThreads, row = id / kChunks;
+    const int at = id % kChunks * kChunk, pixel = place.first_pixel + row;
     int r = 0, c = 0;
     const bool read = exists && pixel < p.result.pixels() &&
                       p.taps.find(pixel / p.result.cols, pixel % p.result.cols, step.u, step.v,
                                   p.source.rows, p.source.cols, r, c);
-    copy_piece<T, kWhole>(to + row * kRow<T> + channel,
-                          read ? p.source.at(map, r, c) + channel : p.source.data,
-                          p.channels - step.channel - channel, read);
+    load_chunk(to + row * Pixels::kPitch + at, read ? p.source.at(map, r, c) : nullptr,
+               p.source.data, step.channel + at, p.channels, 1, p.source.wide);
   }
-  to += kPixels * kRow<T>;
+  to += Pixels::kElements;
 #pragma unroll
-  for (int i = 0; i < kOutputs * kPieces / kThreads; ++i) {
-    const int id = threadIdx.x + i * kThreads, row = id / kPieces;
-    const int channel = id % kPieces * Chunk<T>::kElements;
-    const bool read = exists && place.first_output + row < p.outputs;
-    const std::int64_t offset =
-        std::int64_t{place.first_output + row} * p.taps.count() * p.channels + channel;
-    copy_piece<T, kWhole>(to + row * kRow<T> + channel, read ? weights + offset : p.weight,
-                          p.channels - step.channel - channel, read);
+  for (int i = 0; i < Tile::kCols * kChunks / Tile::kThreads; ++i) {
+    const int id = threadIdx.x + i * Tile::kThreads, row = id / kChunks;
+    const int at = id % kChunks * kChunk, output = place.first_output + row;
+    const bool read = exists && output < p.outputs;
+    load_chunk(to + row * Weights::kPitch + at,
+               read ? weights + std::int64_t{output} * p.taps.count() * p.channels : nullptr,
+               p.weight, step.channel + at, p.channels, 1, p.wide);
   }
 }
 
-// The sums of a thread. `at(i, pixel, output)` says which; both are counted within the block.
-template <typename T, bool kTensorCores>
-struct Sums;
-
-// A warp has 32 pixels and 32 outputs, in the layout of mma.m16n8k16.
-template <typename T>
-struct Sums<T, true> {
-  static constexpr int kCount = 32;
-  float d[2][4][4] = {};
-
-  __device__ void add(const T* pixels, const T* weights) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const T* const a_row = pixels + (warp % 2 * 32 + lane % 16) * kRow<T> + lane / 16 * 8;
-    const T* const b_row =
-        weights + (warp / 2 * 32 + lane / 16 * 8 + lane % 8) * kRow<T> + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int depth = 0; depth < kDepth<T>; depth += 16) {
-      std::uint32_t a[2][4], b[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        ldmatrix_x4(a[i], a_row + i * 16 * kRow<T> + depth);
-        ldmatrix_x4(b[i], b_row + i * 16 * kRow<T> + depth);
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const std::uint32_t operand[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-          mma(d[m][n], a[m], operand, T{});
-        }
-      }
-    }
-  }
-  __device__ float value(int i) const { return d[i / 16][i / 4 % 4][i % 4]; }
-  __device__ static void at(int i, int& pixel, int& output) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    pixel = warp % 2 * 32 + i / 16 * 16 + lane / 4 + i % 4 / 2 * 8;
-    output = warp / 2 * 32 + i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
-  }
-};
-
-// A thread has every eighth pixel and every sixteenth output.
-template <typename T>
-struct Sums<T, false> {
-  static constexpr int kCount = 32;
-  acc_t<T> d[8][4] = {};
-
-  __device__ void add(const T* pixels, const T* weights) {
-    const T* const a_row = pixels + threadIdx.x / 16 * kRow<T>;
-    const T* const b_row = weights + threadIdx.x % 16 * kRow<T>;
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      Chunk<T> a[8], b[4];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        a[i] = reinterpret_cast<const Chunk<T>*>(a_row + i * 8 * kRow<T>)[piece];
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        b[i] = reinterpret_cast<const Chunk<T>*>(b_row + i * 16 * kRow<T>)[piece];
-      }
-#pragma unroll
-      for (int e = 0; e < Chunk<T>::kElements; ++e) {
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-#pragma unroll
-          for (int n = 0; n < 4; ++n) d[m][n] += a[m].v[e] * b[n].v[e];
-        }
-      }
-    }
-  }
-  __device__ acc_t<T> value(int i) const { return d[i / 4][i % 4]; }
-  __device__ static void at(int i, int& pixel, int& output) {
-    pixel = threadIdx.x / 16 + i / 4 * 8;
-    output = threadIdx.x % 16 + i % 4 * 16;
-  }
-};
-
-template <typename T, typename S>
-__device__ void write_sums(const BranchProblem<T>& p, const Place& place, const S& sums) {
-  using A = acc_t<T>;
+template <typename Tile>
+__device__ void write_sums(const BranchProblem<typename Tile::Value>& p, const Place& place,
+                           const Tile& tile) {
+  using T = typename Tile::Value;
   const std::int64_t branch = p.index[place.n * p.k + place.j];
   const bool biased = p.bias != nullptr && p.exists(branch);
   T* const map = p.result.map(place.n, place.j) + std::int64_t{place.group} * p.outputs;
+  tile.each([&](int row, int col, const auto& sums) {
+    const int pixel = place.first_pixel + row;
+    if (pixel >= p.result.pixels()) return;
+    T* const to = p.result.at(map, pixel / p.result.cols, pixel % p.result.cols);
 #pragma unroll
-  for (int i = 0; i < S::kCount; ++i) {
-    int pixel, output;
-    S::at(i, pixel, output);
-    pixel += place.first_pixel;
-    output += place.first_output;
-    if (pixel >= p.result.pixels() || output >= p.outputs) continue;
-    A value = sums.value(i);
-    if (biased) {
-      value += static_cast<A>(p.bias[(branch * p.groups + place.group) * p.outputs + output]);
+    for (int e = 0; e < Tile::kRun; ++e) {
+      const int output = place.first_output + col + e;
+      if (output >= p.outputs) return;
+      acc_t<T> value = sums[e];
+      if (biased) {
+        const std::int64_t at = (branch * p.groups + place.group) * p.outputs + output;
+        value += static_cast<acc_t<T>>(p.bias[at]);
+      }
+      to[output] = static_cast<T>(value);
     }
-    p.result.at(map, pixel / p.result.cols, pixel % p.result.cols)[output] = static_cast<T>(value);
-  }
+  });
 }
 
-// BranchProblem's sum. kWhole: every piece of 16 bytes is whole and aligned, and comes by cp.async.
-// Every element has one owner, which sums in a fixed order.
-template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads)
-    branch_conv2d_kernel(const __grid_constant__ BranchProblem<T> p) {
-  constexpr int kStage = (kPixels + kOutputs) * kRow<T>;
-  T* const buffers = shared_memory<T>();  // [kStages, kPixels + kOutputs, kRow]
-  const Place place = place_of(p, blockIdx.x);
-  const Steps<T> steps{p, place.j, p.summed ? p.k : 1};
-  const int count = steps.count();
+// BranchProblem's sum. Every element has one owner, which sums in a fixed order.
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    branch_conv2d_kernel(const __grid_constant__ BranchProblem<typename Tile::Value> p) {
+  using T = typename Tile::Value;
+  using Pixels = RowPanel<Tile, Tile::kRows>;
+  const Place place = place_of<Tile>(p, blockIdx.x);
+  const Steps<Tile> steps{p, p.summed ? p.k : 1};
   Step next{place.j, 0, 0, 0};
-  Sums<T, kOnTensorCores<T>> sums;
-  for (int s = 0; s < kStages - 1; ++s) {
-    if (s < count) {
-      load_step<T, kWhole>(p, place, next, buffers + s * kStage);
-      steps.advance(next);
-    }
-    cp_async_commit();
-  }
-  for (int s = 0; s < count; ++s) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();
-    if (s + kStages - 1 < count) {
-      load_step<T, kWhole>(p, place, next, buffers + (s + kStages - 1) % kStages * kStage);
-      steps.advance(next);
-    }
-    cp_async_commit();
-    const T* const pixels = buffers + s % kStages * kStage;
-    sums.add(pixels, pixels + kPixels * kRow<T>);
-  }
-  write_sums(p, place, sums);
+  Tile tile;
+  tile.clear();
+  run_stages<kStages>(
+      shared_memory<T>(), kStageElements<Tile>, steps.count(),
+      [&](int, T* to) {
+        load_step<Tile>(p, place, next, to);
+        steps.advance(next);
+      },
+      [&](int, const T* at) {
+        tile.multiply(ByRow{at, Pixels::kPitch}, ByRow{at + Pixels::kElements, Pixels::kPitch});
+      });
+  write_sums(p, place, tile);
 }
 
 // The same sum where groups leave a block too few channels for a tile: a thread owns one element,
 // its neighbours the next channels.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     branch_conv2d_grouped_kernel(const __grid_constant__ BranchProblem<T> p) {
   using A = acc_t<T>;
   const int outputs = p.groups * p.outputs;
@@ -272,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void run(const char* name, const BranchProblem<T>& p, void* stream) {
+void run(const char* name, const BranchProblem<T>& p, bool tf32, void* stream) {
   const std::int64_t pixels = p.result.pixels();
   if (p.items() * pixels == 0) return;
   constexpr int kFewest = 8;  // channels or outputs of a group that are worth a tile
@@ -283,13 +197,35 @@ void run(const char* name, const BranchProblem<T>& p, void* stream) {
            stream, p);
     return;
   }
-  const std::int64_t blocks = p.items() * ((pixels + kPixels - 1) / kPixels) * p.groups *
-                              ((p.outputs + kOutputs - 1) / kOutputs);
-  const bool whole =
-      is_whole(p.source, p.channels) && reinterpret_cast<std::uintptr_t>(p.weight) % 16 == 0;
-  const auto kernel = whole ? branch_conv2d_kernel<T, true> : branch_conv2d_kernel<T, false>;
-  launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-         kStages * (kPixels + kOutputs) * kRowBytes, stream, p);
+  with_tile<T>(tf32, [&](auto type) {
+    using Tile = typename decltype(type)::type;
+    const std::int64_t blocks = p.items() * ((pixels + Tile::kRows - 1) / Tile::kRows) * p.groups *
+                                ((p.outputs + Tile::kCols - 1) / Tile::kCols);
+    launch(name, branch_conv2d_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
+           dim3(Tile::kThreads), kStages * kStageElements<Tile> * sizeof(T), stream, p);
+  });
+}
+
+template <typename T>
+BranchProblem<T> problem_of(const TensorView& source, const TensorView& weight,
+                            const TensorView* bias, const TensorView& index,
+                            const TensorView& result, const BranchConv2d& conv, bool inverse) {
+  const std::int64_t groups = conv.groups;
+  const T* const numbers = weight.as<const T>();
+  return {branch_maps<const T>(source, groups),
+          branch_maps<T>(result, groups),
+          numbers,
+          bias == nullptr ? nullptr : bias->as<const T>(),
+          index.as<const std::int32_t>(),
+          branch_taps(weight, conv.window, inverse),
+          index.shape[0],
+          weight.shape[0],
+          static_cast<int>(index.shape[1]),
+          static_cast<int>(groups),
+          static_cast<int>(weight.shape[1] / groups),
+          static_cast<int>(weight.shape[2]),
+          inverse && result.ndim == 4,
+          aligned(numbers, weight, 2) && fills_chunks<T>(weight.shape[2])};
 }
 
 }  // namespace
@@ -300,13 +236,7 @@ void branch_conv2d_forward(const TensorView& x, const TensorView& weight, const 
   const DeviceGuard guard(x.device_index);
   dispatch("branch_conv2d", x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto groups = static_cast<int>(conv.groups);
-    run<T>("branch_conv2d",
-           {branch_maps<const T>(x), branch_maps<T>(y), weight.as<const T>(),
-            bias == nullptr ? nullptr : bias->as<const T>(), index.as<const std::int32_t>(),
-            branch_taps(weight, conv.window, false), index.shape[0], weight.shape[0],
-            static_cast<int>(index.shape[1]), groups, static_cast<int>(weight.shape[1]) / groups,
-            static_cast<int>(weight.shape[2]), false},
+    run<T>("branch_conv2d", problem_of<T>(x, weight, bias, index, y, conv, false), conv.tf32,
            stream);
   });
 }
@@ -317,14 +247,8 @@ void branch_conv2d_grad_input(const TensorView& grad_y, const TensorView& weight
   const DeviceGuard guard(grad_y.device_index);
   dispatch("branch_conv2d_grad_input", grad_y.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto groups = static_cast<int>(conv.groups);
     run<T>("branch_conv2d_grad_input",
-           {branch_maps<const T>(grad_y), branch_maps<T>(grad_x), weight.as<const T>(), nullptr,
-            index.as<const std::int32_t>(), branch_taps(weight, conv.window, true), index.shape[0],
-            weight.shape[0], static_cast<int>(index.shape[1]), groups,
-            static_cast<int>(weight.shape[1]) / groups, static_cast<int>(weight.shape[2]),
-            grad_x.ndim == 4},
-           stream);
+           problem_of<T>(grad_y, weight, nullptr, index, grad_x, conv, true), conv.tf32, stream);
   });
 }
 

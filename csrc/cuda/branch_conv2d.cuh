@@ -4,7 +4,8 @@
 #include <cstdint>
 
 #include "cuda/common.cuh"
-#include "cuda/warp.cuh"
+#include "cuda/load.cuh"
+#include "cuda/tile.cuh"
 #include "pyeff/branch_conv2d.h"
 
 namespace pyeff::cuda {
@@ -16,6 +17,7 @@ struct BranchMaps {
   T* data;
   std::int64_t image, route, row, pixel;
   int rows, cols;
+  bool wide;  // 16 bytes of a group's channels can be copied at once
 
   __host__ __device__ int pixels() const { return rows * cols; }
   __device__ T* map(std::int64_t n, std::int64_t j) const { return data + n * image + j * route; }
@@ -23,9 +25,10 @@ struct BranchMaps {
 };
 
 template <typename T>
-BranchMaps<T> branch_maps(const TensorView& t) {
+BranchMaps<T> branch_maps(const TensorView& t, std::int64_t groups) {
   const bool shared = t.ndim == 4;
-  const int row = t.ndim - 2, col = t.ndim - 1;
+  const int channel = t.ndim - 3, row = t.ndim - 2, col = t.ndim - 1;
+  const bool wide = aligned(t.as<T>(), t, channel) && fills_chunks<T>(t.shape[channel] / groups);
   // The stride of a dimension of one element may be anything.
   return {t.as<T>(),
           t.stride[0],
@@ -33,7 +36,8 @@ BranchMaps<T> branch_maps(const TensorView& t) {
           t.shape[row] == 1 ? 0 : t.stride[row],
           t.shape[col] == 1 ? 0 : t.stride[col],
           static_cast<int>(t.shape[row]),
-          static_cast<int>(t.shape[col])};
+          static_cast<int>(t.shape[col]),
+          wide};
 }
 
 // Which pixel of the source a tap of the kernel reads for a pixel of the result.
@@ -92,41 +96,10 @@ struct BranchProblem {
   std::int64_t images, branches;
   int k, groups, outputs, channels;  // of a group
   bool summed;                       // over the routes
+  bool wide;                         // as the source's and the result's maps are; of the weight
 
   __device__ bool exists(std::int64_t branch) const { return branch >= 0 && branch < branches; }
   __host__ __device__ std::int64_t items() const { return summed ? images : images * k; }
 };
-
-// Sixteen bytes, which one instruction moves.
-template <typename T>
-struct alignas(16) Chunk {
-  static constexpr int kElements = 16 / sizeof(T);
-  T v[kElements];
-};
-
-template <typename T>
-constexpr bool kOnTensorCores = sizeof(T) == 2;
-
-// Copies such a piece of a row into shared memory, zeros where it is not valid or past the
-// channels. kWhole: all of it is valid or nothing, and it comes by cp.async.
-template <typename T, bool kWhole>
-__device__ void copy_piece(T* to, const T* from, int channels, bool valid) {
-  if constexpr (kWhole) {
-    cp_async_16(to, from, valid && channels > 0);
-  } else {
-#pragma unroll
-    for (int e = 0; e < Chunk<T>::kElements; ++e) {
-      to[e] = valid && e < channels ? from[e] : static_cast<T>(0.0f);
-    }
-  }
-}
-
-// Whether every piece of the maps is whole and aligned.
-template <typename T>
-bool is_whole(const BranchMaps<const T>& maps, int channels) {
-  const auto fits = [](std::int64_t stride) { return stride % Chunk<T>::kElements == 0; };
-  return fits(channels) && fits(maps.image) && fits(maps.route) && fits(maps.row) &&
-         fits(maps.pixel) && reinterpret_cast<std::uintptr_t>(maps.data) % 16 == 0;
-}
 
 }  // namespace pyeff::cuda

@@ -55,7 +55,7 @@ __host__ __device__ constexpr int map_elements(int inputs, int middle, int taps,
 }
 
 template <typename Tile>
-constexpr int kStageElements = Tile::kCols * (Tile::kDepth + Tile::kPad);
+constexpr int kStageElements = RowPanel<Tile, Tile::kCols>::kElements;
 
 // Where a block's tile lies: pixel (line i, column k) of the middle map is b0 + i * dilation,
 // a0 + k * dilation of the result and, less the padding, the same on the axes of x.
@@ -126,7 +126,7 @@ template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     factorized_pair_kernel(const __grid_constant__ PairProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
-  constexpr int kPitch = Tile::kDepth + Tile::kPad, kStage = kStageElements<Tile>;
+  constexpr int kPitch = RowPanel<Tile, Tile::kCols>::kPitch;
   const int taps = p.first.taps, width = p.tile.width;
   const Place place(p.tile, width - taps + 1, p.dilation);
   if (place.b0 >= p.y.B || place.a0 >= p.y.A) return;  // the whole block: a short comb
@@ -135,42 +135,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   const int first_depths = (p.first.inputs + Tile::kDepth - 1) / Tile::kDepth;
   const int second_depths = (p.second.inputs + Tile::kDepth - 1) / Tile::kDepth;
   const int turn = taps * first_depths, panels = turn + taps * second_depths;
-  const auto load = [&](int panel) {
-    T* const to = stages + panel % kStages * kStage;
-    if (panel < turn) {
-      load_weights<Tile>(to, p.first, 0, panel / first_depths, panel % first_depths * Tile::kDepth);
-    } else if (panel < panels) {
-      const int rest = panel - turn;
-      load_weights<Tile>(to, p.second, 0, rest / second_depths,
-                         rest % second_depths * Tile::kDepth);
-    }
-    cp_async_commit();  // an empty group keeps the count
-  };
+  const int x_pitch = map_pitch<Tile>(p.first.inputs), v_pitch = map_pitch<Tile>(p.second.inputs);
 
   Tile tile;
   tile.clear();
   load_input<Tile>(map, p, place);  // comes with the first panel
-  for (int panel = 0; panel < kStages - 1; ++panel) load(panel);
-  const int x_pitch = map_pitch<Tile>(p.first.inputs), v_pitch = map_pitch<Tile>(p.second.inputs);
-  for (int panel = 0; panel < panels; ++panel) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the panel is there, and the buffer of the one before it is free
-    load(panel + kStages - 1);
-    if (panel == turn) {  // nobody reads x any more
-      store_middle(map, tile, p, place);
-      tile.clear();
-      __syncthreads();
-    }
-    const T* const weights = stages + panel % kStages * kStage;
-    if (panel < turn) {
-      const int tap = panel / first_depths, depth = panel % first_depths * Tile::kDepth;
-      tile.multiply(map + tap * width * x_pitch + depth, x_pitch, weights, kPitch);
-    } else {
-      const int rest = panel - turn;
-      const int tap = rest / second_depths, depth = rest % second_depths * Tile::kDepth;
-      tile.multiply(map + tap * v_pitch + depth, v_pitch, weights, kPitch);
-    }
-  }
+  run_stages<kStages>(
+      stages, kStageElements<Tile>, panels,
+      [&](int panel, T* to) {
+        const bool begins = panel < turn;
+        const int rest = begins ? panel : panel - turn,
+                  depths = begins ? first_depths : second_depths;
+        load_weights<Tile>(to, begins ? p.first : p.second, 0, rest / depths,
+                           rest % depths * Tile::kDepth);
+      },
+      [&](int panel, const T* weights) {
+        if (panel == turn) {  // nobody reads x any more
+          store_middle(map, tile, p, place);
+          tile.clear();
+          __syncthreads();
+        }
+        const bool begins = panel < turn;
+        const int rest = begins ? panel : panel - turn,
+                  depths = begins ? first_depths : second_depths;
+        const int shift = begins ? width * x_pitch : v_pitch;
+        const T* const from = map + rest / depths * shift + rest % depths * Tile::kDepth;
+        tile.multiply(ByRow{from, begins ? x_pitch : v_pitch}, ByRow{weights, kPitch});
+      });
   write_tile(tile, reinterpret_cast<unsigned char*>(map), p.y, p.epilogue, 0,
              [&](int row, std::int64_t& n, std::int64_t& a, std::int64_t& b) {
                const int line = row / width, column = row - line * width;
@@ -224,22 +215,17 @@ PairTile choose_tile(const Line& first, std::int64_t A, std::int64_t B, std::int
   return best;
 }
 
-template <typename Tile>
-struct TileType {
-  using type = Tile;
-};
-
-// Calls body(TileType<Tile>{}) for the narrowest tile that has all channels of both convolutions;
+// Calls body(TypeOf<Tile>{}) for the narrowest tile that has all channels of both convolutions;
 // without one it returns false.
 template <typename T, typename Body>
-bool with_tile(std::int64_t channels, bool tf32, const Body& body) {
+bool with_pair_tile(std::int64_t channels, bool tf32, const Body& body) {
   if (sizeof(T) == 8 || (sizeof(T) == 4 && !tf32)) {
-    if constexpr (sizeof(T) >= 4) return channels <= 64 && body(TileType<SimtTile<T>>{});
+    if constexpr (sizeof(T) >= 4) return channels <= 64 && body(TypeOf<SimtTile<T>>{});
   }
   if constexpr (sizeof(T) <= 4) {
-    if (channels <= 16) return body(TileType<TensorTile<T, 256, 16, 32>>{});
-    if (channels <= 64) return body(TileType<TensorTile<T, 128, 64, 64>>{});
-    return channels <= 128 && body(TileType<TensorTile<T, 64, 128, 64>>{});
+    if (channels <= 16) return body(TypeOf<TensorTile<T, 256, 16, 32>>{});
+    if (channels <= 64) return body(TypeOf<TensorTile<T, 128, 64, 64>>{});
+    return channels <= 128 && body(TypeOf<TensorTile<T, 64, 128, 64>>{});
   }
   return false;
 }
@@ -276,7 +262,7 @@ bool factorized_conv2d_fits(const Line& first, const Line& second, const TensorV
   const std::int64_t channels = std::max(first.weight.shape[0], second.weight.shape[0]);
   bool fits = false;
   dispatch("factorized_conv2d", y.dtype, [&](auto zero) {
-    fits = with_tile<decltype(zero)>(channels, conv.tf32, [&](auto type) {
+    fits = with_pair_tile<decltype(zero)>(channels, conv.tf32, [&](auto type) {
       using Tile = typename decltype(type)::type;
       return choose_tile<Tile>(first, y.shape[a], y.shape[5 - a], conv.dilation).blocks > 0;
     });
@@ -291,7 +277,7 @@ void factorized_conv2d_forward(const TensorView& x, const Line& first, const Lin
   const DeviceGuard guard(y.device_index);
   const std::int64_t channels = std::max(first.weight.shape[0], second.weight.shape[0]);
   dispatch("factorized_conv2d", x.dtype, [&](auto zero) {
-    with_tile<decltype(zero)>(channels, conv.tf32, [&](auto type) {
+    with_pair_tile<decltype(zero)>(channels, conv.tf32, [&](auto type) {
       return run_pair<typename decltype(type)::type>(x, first, second, epilogue, y, conv, stream);
     });
   });

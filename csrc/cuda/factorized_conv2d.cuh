@@ -5,7 +5,8 @@
 // Taps run along axis a of a map, which is its height or its width; the other axis is b.
 
 #include "cuda/activation.cuh"
-#include "cuda/factorized_conv2d_tile.cuh"
+#include "cuda/load.cuh"
+#include "cuda/tile.cuh"
 #include "pyeff/factorized_conv2d.h"
 
 namespace pyeff::cuda {
@@ -23,23 +24,10 @@ struct LineMap {
   }
 };
 
-// Whether sixteen bytes at once can be read wherever the indices are multiples of as many; `side`
-// is the dimension whose elements lie side by side.
-template <typename T>
-bool aligned(const TensorView& t, int side) {
-  bool result = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0;
-  for (int d = 0; d < t.ndim; ++d) {
-    // The stride of a dimension of one element may be anything.
-    const bool matters = t.shape[d] > 1 && d != side;
-    if (matters && t.stride[d] * sizeof(T) % 16 != 0) result = false;
-  }
-  return result;
-}
-
 template <typename T>
 LineMap<T> line_map(const TensorView& t, bool along_height) {
   const int a = along_height ? 2 : 3, b = 5 - a;
-  const bool wide = aligned<T>(t, 1) && t.shape[1] * sizeof(T) % 16 == 0;
+  const bool wide = aligned(t.as<T>(), t, 1) && fills_chunks<T>(t.shape[1]);
   return {t.as<T>(),
           t.stride[0],
           t.stride[a],
@@ -68,8 +56,8 @@ struct LineWeight {
 template <typename T>
 LineWeight<T> line_weight(const TensorView& t, bool transposed) {
   const int o = transposed ? 1 : 0, i = 1 - o, tap = t.shape[2] > 1 ? 2 : 3;
-  const bool wide =
-      (t.stride[i] == 1 || t.shape[i] == 1) && aligned<T>(t, i) && t.shape[i] * sizeof(T) % 16 == 0;
+  const bool wide = (t.stride[i] == 1 || t.shape[i] == 1) && aligned(t.as<const T>(), t, i) &&
+                    fills_chunks<T>(t.shape[i]);
   return {t.as<const T>(),
           t.stride[o],
           t.stride[i],
@@ -128,24 +116,6 @@ LineEpilogue<T> line_epilogue(const TensorView* bias, const Epilogue& e, Dtype m
           no_map<const T>(),
           e.activation,
           Activation::kNone};
-}
-
-// The sixteen bytes from `channel` on; zeros past the channels and where `from` is null. `step` is
-// the distance between channels, 1 where it is `wide`; `any` an address that can be read.
-template <typename T>
-__device__ void load_chunk(T* to, const T* from, const T* any, int channel, int channels,
-                           std::int64_t step, bool wide) {
-  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
-  if (wide) {
-    const bool valid = from != nullptr && channel < channels;
-    cp_async_16(to, valid ? from + channel : any, valid);
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) {
-    const bool valid = from != nullptr && channel + e < channels;
-    to[e] = valid ? from[(channel + e) * step] : static_cast<T>(0.0f);
-  }
 }
 
 // Sixteen bytes of a pixel from `channel` on; only what exists is read.
@@ -223,8 +193,8 @@ __device__ void load_weights(typename Tile::Value* to, const LineWeight<typename
   for (int i = threadIdx.x; i < Tile::kCols * kChunks; i += Tile::kThreads) {
     const int col = i / kChunks, at = i % kChunks * kChunk, output = first_col + col;
     const T* const from = output < w.outputs ? w.data + output * w.output + tap * w.tap : nullptr;
-    load_chunk(to + col * (Tile::kDepth + Tile::kPad) + at, from, w.data, channel + at, w.inputs,
-               w.input, w.wide);
+    load_chunk(to + col * RowPanel<Tile, Tile::kCols>::kPitch + at, from, w.data, channel + at,
+               w.inputs, w.input, w.wide);
   }
 }
 

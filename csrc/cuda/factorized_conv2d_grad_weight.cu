@@ -42,7 +42,7 @@ __device__ void load_pixels(typename Tile::Value* to,
   using T = typename Tile::Value;
   static_assert(Tile::kRows == Tile::kCols);
   constexpr int kChunk = 16 / sizeof(T), kChunks = Tile::kRows / kChunk;
-  constexpr int kPitch = Tile::kRows + Tile::kColumnPad;
+  using Panel = DepthPanel<Tile, Tile::kRows>;
   for (int i = threadIdx.x; i < Tile::kDepth * kChunks; i += Tile::kThreads) {
     const int k = i / kChunks, at = i % kChunks * kChunk, m = first + k;
     const T *from_grad = nullptr, *from_x = nullptr;
@@ -54,16 +54,16 @@ __device__ void load_pixels(typename Tile::Value* to,
       const std::int64_t a_x = a * p.stride - p.padding + tap * p.dilation;
       if (a_x >= 0 && a_x < p.x.A) from_x = p.x.pixel(n, a_x, b);
     }
-    T* const to_grad = to + k * kPitch + at;
+    T* const to_grad = to + k * Panel::kPitch + at;
     load_chunk(to_grad, from_grad, p.grad_y.data, first_row + at, p.grad_y.channels, 1,
                p.grad_y.wide);
-    load_chunk(to_grad + Tile::kDepth * kPitch, from_x, p.x.data, first_col + at, p.x.channels, 1,
+    load_chunk(to_grad + Panel::kElements, from_x, p.x.data, first_col + at, p.x.channels, 1,
                p.x.wide);
   }
 }
 
 template <typename Tile>
-constexpr int kStageElements = 2 * Tile::kDepth * (Tile::kRows + Tile::kColumnPad);
+constexpr int kStageElements = 2 * DepthPanel<Tile, Tile::kRows>::kElements;
 
 // partial[s, o, t, c] = sum over the pixels (n, a, b) of split s of
 // grad_y[n, a, b, o] x[n, a * stride - padding + t * dilation, b, c].
@@ -72,7 +72,7 @@ template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) factorized_line_grad_weight_kernel(
     const __grid_constant__ GradWeightProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
-  constexpr int kPitch = Tile::kRows + Tile::kColumnPad, kStage = kStageElements<Tile>;
+  using Panel = DepthPanel<Tile, Tile::kRows>;
   T* const shared = shared_memory<T>();
   const int col_blocks = (p.x.channels + Tile::kCols - 1) / Tile::kCols;
   const int tap = static_cast<int>(blockIdx.x) % p.taps;
@@ -82,24 +82,17 @@ __global__ void __launch_bounds__(Tile::kThreads) factorized_line_grad_weight_ke
   const int begin = static_cast<int>(blockIdx.y) * p.panels;
   const int all = (p.pixels - 1) / Tile::kDepth + 1;
   const int panels = all - begin < p.panels ? all - begin : p.panels;
-  const auto load = [&](int panel) {
-    if (panel < panels) {
-      load_pixels<Tile>(shared + panel % kStages * kStage, p, (begin + panel) * Tile::kDepth, tap,
-                        first_row, first_col);
-    }
-    cp_async_commit();  // an empty group keeps the count
-  };
 
   Tile tile;
   tile.clear();
-  for (int panel = 0; panel < kStages - 1; ++panel) load(panel);
-  for (int panel = 0; panel < panels; ++panel) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the panel is there, and the buffer of the one before it is free
-    load(panel + kStages - 1);
-    const T* const at = shared + panel % kStages * kStage;
-    tile.multiply_columns(at, kPitch, at + Tile::kDepth * kPitch, kPitch);
-  }
+  run_stages<kStages>(
+      shared, kStageElements<Tile>, panels,
+      [&](int panel, T* to) {
+        load_pixels<Tile>(to, p, (begin + panel) * Tile::kDepth, tap, first_row, first_col);
+      },
+      [&](int, const T* at) {
+        tile.multiply(ByDepth{at, Panel::kPitch}, ByDepth{at + Panel::kElements, Panel::kPitch});
+      });
 
   tile.each([&](int row, int col, const auto& sums) {
     const std::int64_t o = first_row + row, c = first_col + col, O = p.grad_y.channels;
@@ -139,19 +132,6 @@ Splits choose_splits(std::int64_t pixels, const TensorView& weight) {
   const std::int64_t wanted = (kBlocksWanted + blocks - 1) / blocks;
   const std::int64_t panels = std::max<std::int64_t>(kLeastPanels, (all + wanted - 1) / wanted);
   return {static_cast<int>((all + panels - 1) / panels), static_cast<int>(panels)};
-}
-
-template <typename Tile>
-struct TileType {
-  using type = Tile;
-};
-
-template <typename T, typename Body>
-void with_tile(bool tf32, const Body& body) {
-  if (sizeof(T) == 8 || (sizeof(T) == 4 && !tf32)) {
-    if constexpr (sizeof(T) >= 4) return body(TileType<SimtTile<T>>{});
-  }
-  if constexpr (sizeof(T) <= 4) body(TileType<TensorTile<T, 64, 64, 64>>{});
 }
 
 std::int64_t pixels_of(const TensorView& t) { return t.shape[0] * t.shape[2] * t.shape[3]; }

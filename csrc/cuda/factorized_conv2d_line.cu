@@ -70,8 +70,8 @@ class PixelLoader {
       if (rows_[i].line != nullptr && p_.find(rows_[i].start, tap, a)) {
         from = rows_[i].line + a * p_.source.along;
       }
-      load_chunk(to + row(i) * (Tile::kDepth + Tile::kPad) + at, from, p_.source.data, channel + at,
-                 p_.source.channels, 1, p_.source.wide);
+      load_chunk(to + row(i) * RowPanel<Tile, Tile::kRows>::kPitch + at, from, p_.source.data,
+                 channel + at, p_.source.channels, 1, p_.source.wide);
     }
   }
 
@@ -94,7 +94,8 @@ class PixelLoader {
 };
 
 template <typename Tile>
-constexpr int kStageElements = (Tile::kRows + Tile::kCols) * (Tile::kDepth + Tile::kPad);
+constexpr int kStageElements =
+    RowPanel<Tile, Tile::kRows>::kElements + RowPanel<Tile, Tile::kCols>::kElements;
 
 // A block owns kRows pixels by kCols channels of the result and writes them once. Panels of kDepth
 // channels of one tap pass through kStages buffers. Deterministic.
@@ -102,7 +103,7 @@ template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     factorized_line_kernel(const __grid_constant__ LineProblem<typename Tile::Value> p) {
   using T = typename Tile::Value;
-  constexpr int kPitch = Tile::kDepth + Tile::kPad, kStage = kStageElements<Tile>;
+  using Pixels = RowPanel<Tile, Tile::kRows>;
   T* const shared = shared_memory<T>();
   const int col_blocks = (p.weight.outputs + Tile::kCols - 1) / Tile::kCols;
   const int first_row = static_cast<int>(blockIdx.x) / col_blocks * Tile::kRows;
@@ -110,26 +111,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int depths = (p.weight.inputs + Tile::kDepth - 1) / Tile::kDepth;
   const int panels = p.weight.taps * depths;
   const PixelLoader<Tile> pixels(p, first_row);
-  const auto load = [&](int panel) {
-    if (panel < panels) {
-      T* const to = shared + panel % kStages * kStage;
-      const int tap = panel / depths, channel = panel % depths * Tile::kDepth;
-      pixels.load(to, tap, channel);
-      load_weights<Tile>(to + Tile::kRows * kPitch, p.weight, first_col, tap, channel);
-    }
-    cp_async_commit();  // an empty group keeps the count
-  };
 
   Tile tile;
   tile.clear();
-  for (int panel = 0; panel < kStages - 1; ++panel) load(panel);
-  for (int panel = 0; panel < panels; ++panel) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the panel is there, and the buffer of the one before it is free
-    load(panel + kStages - 1);
-    const T* const at = shared + panel % kStages * kStage;
-    tile.multiply(at, kPitch, at + Tile::kRows * kPitch, kPitch);
-  }
+  run_stages<kStages>(
+      shared, kStageElements<Tile>, panels,
+      [&](int panel, T* to) {
+        const int tap = panel / depths, channel = panel % depths * Tile::kDepth;
+        pixels.load(to, tap, channel);
+        load_weights<Tile>(to + Pixels::kElements, p.weight, first_col, tap, channel);
+      },
+      [&](int, const T* at) {
+        tile.multiply(ByRow{at, Pixels::kPitch}, ByRow{at + Pixels::kElements, Pixels::kPitch});
+      });
 
   write_tile(tile, reinterpret_cast<unsigned char*>(shared), p.result, p.epilogue, first_col,
              [&](int row, std::int64_t& n, std::int64_t& a, std::int64_t& b) {

@@ -1,13 +1,11 @@
 // The forward of nested_conv2d and the gradient of its input: one implicit product each, pixels by
 // channels. Channels of the weight are read where they lie.
 
-#include "cuda/nested_conv2d.cuh"
-
 #include <algorithm>
 #include <numeric>
 
 #include "cuda/launch.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/nested_conv2d_tile.cuh"
 
 namespace pyeff::cuda {
 
@@ -42,12 +40,12 @@ struct Problem {
 };
 
 // The part of the weight that one step multiplies with, as lines of outputs along inputs.
-template <typename T, typename Block>
-__device__ __forceinline__ void fill_weight(T* tile, const Weight<const T>& weight, int group,
+template <int kThreads, typename Panel, typename T>
+__device__ __forceinline__ void fill_weight(T* panel, const Weight<const T>& weight, int group,
                                             int first_out, int first_in, int u, int v) {
   const T* const tap = weight.data + u * weight.row + v * weight.col;
-  fill_lines<Block::kThreads, Block::kLinesB, Block::kWidthB, Block::kPitchB>(
-      tile, weight.ins.count - first_in, weight.vector, weight.data, [&](int line) {
+  fill_lines<kThreads, Panel>(
+      panel, weight.ins.count - first_in, weight.vector, weight.data, [&](int line) {
         const int selected = first_out + line;
         std::int64_t out = -1;
         if (selected < weight.outs.count) {
@@ -60,15 +58,25 @@ __device__ __forceinline__ void fill_weight(T* tile, const Weight<const T>& weig
       });
 }
 
+// kCols channels of the result by kDepth inputs; in the gradient of the input, whose depth is the
+// weight's outputs, the other way round.
+template <typename Tile, bool kForward>
+using WeightPanel =
+    std::conditional_t<kForward, RowPanel<Tile, Tile::kCols>, DepthPanel<Tile, Tile::kCols>>;
+template <typename Tile, bool kForward>
+constexpr int kStageElements =
+    RowPanel<Tile, Tile::kRows>::kElements + WeightPanel<Tile, kForward>::kElements;
+
 // y[n, o, i, j] = bias[o] + sum over taps and c of x[n, c, source] weight[o, c, tap] for the pixels
 // of one class and the channels of one group; channels o of x and y change places in the gradient
 // of the input. A block owns kRows pixels by kCols channels, of one share of the sum. The order of
 // the terms is fixed: the same on every run.
-template <typename Block, bool kForward>
-__global__ void __launch_bounds__(Block::kThreads)
-    nested_conv2d_kernel(const __grid_constant__ Problem<typename Block::Value> p) {
-  using T = typename Block::Value;
-  using A = typename Block::Acc;
+template <typename Tile, bool kForward>
+__global__ void __launch_bounds__(Tile::kThreads)
+    nested_conv2d_kernel(const __grid_constant__ Problem<typename Tile::Value> p) {
+  using T = typename Tile::Value;
+  using Pixels = RowPanel<Tile, Tile::kRows>;
+  using Weights = WeightPanel<Tile, kForward>;
   const Side& from = kForward ? p.weight.ins : p.weight.outs;
   const Side& to = kForward ? p.weight.outs : p.weight.ins;
 
@@ -79,21 +87,21 @@ __global__ void __launch_bounds__(Block::kThreads)
     rest /= static_cast<unsigned>(count);
     return value;
   };
-  const int first_col = next((to.count + Block::kCols - 1) / Block::kCols) * Block::kCols;
+  const int first_col = next((to.count + Tile::kCols - 1) / Tile::kCols) * Tile::kCols;
   const int group = next(p.groups), share = next(p.shares);
   const int class_x = next(p.horizontal.classes), class_y = next(p.vertical.classes);
-  const int first_row = static_cast<int>(rest) * Block::kRows;
+  const int first_row = static_cast<int>(rest) * Tile::kRows;
   const Taps down(p.vertical, class_y), across(p.horizontal, class_x);
 
   // A thread's lines of pixels are the same in every step.
-  constexpr int kPerLine = Block::kDepth / Block::kVector;
-  constexpr int kOwnLines = Block::kRows * kPerLine / Block::kThreads;
+  constexpr int kPerLine = Tile::kDepth * static_cast<int>(sizeof(T)) / 16;
+  constexpr int kOwnLines = Tile::kRows * kPerLine / Tile::kThreads;
   const int plane = p.class_h * p.class_w, rows = p.x.images * plane;
   std::int64_t line_h[kOwnLines], line_w[kOwnLines];
   const T* line_image[kOwnLines];
 #pragma unroll
   for (int i = 0; i < kOwnLines; ++i) {
-    const int row = first_row + (i * Block::kThreads + static_cast<int>(threadIdx.x)) / kPerLine;
+    const int row = first_row + (i * Tile::kThreads + static_cast<int>(threadIdx.x)) / kPerLine;
     const int n = row / plane, pixel = row - n * plane, r = pixel / p.class_w;
     line_image[i] =
         row < rows ? p.x.data + n * p.x.image + std::int64_t{group} * from.count : nullptr;
@@ -101,64 +109,72 @@ __global__ void __launch_bounds__(Block::kThreads)
     line_w[i] = (pixel - r * p.class_w) * across.spread + across.base;
   }
 
-  const int chunks = (from.count + Block::kDepth - 1) / Block::kDepth;
+  const int chunks = (from.count + Tile::kDepth - 1) / Tile::kDepth;
   const int steps = down.count * across.count * chunks;
   const int per_share = (steps + p.shares - 1) / p.shares, first_step = share * per_share;
   const int own_steps = max(0, min(per_share, steps - first_step));
 
-  Block block;
-  block.run(own_steps, [&](int step, T* a, T* b) {
-    step += first_step;
-    const int tap = step / chunks, first_k = (step - tap * chunks) * Block::kDepth;
-    const int tap_u = tap / across.count, tap_v = tap - tap_u * across.count;
-    const std::int64_t shift_h = tap_u * down.delta, shift_w = tap_v * across.delta;
-    int own = 0;  // fill_lines asks for a thread's lines in their order
-    fill_lines<Block::kThreads, Block::kLinesA, Block::kWidthA, Block::kPitchA>(
-        a, from.count - first_k, p.x.vector, p.x.data, [&](int) {
-          const std::int64_t h = line_h[own] + shift_h, w = line_w[own] + shift_w;
-          const bool inside =
-              line_image[own] != nullptr && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-          const T* const pixel =
-              inside ? line_image[own] + h * p.x.row + w * p.x.pixel + first_k : nullptr;
-          ++own;
-          return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
-        });
-    const int u = down.first + tap_u * down.step, v = across.first + tap_v * across.step;
-    if constexpr (kForward) {
-      fill_weight<T, Block>(b, p.weight, group, first_col, first_k, u, v);
-    } else {
-      fill_weight<T, Block>(b, p.weight, group, first_k, first_col, u, v);
-    }
-  });
+  Tile tile;
+  tile.clear();
+  run_stages<kNestedStages>(
+      shared_memory<T>(), kStageElements<Tile, kForward>, own_steps,
+      [&](int step, T* to) {
+        step += first_step;
+        const int tap = step / chunks, first_k = (step - tap * chunks) * Tile::kDepth;
+        const int tap_u = tap / across.count, tap_v = tap - tap_u * across.count;
+        const std::int64_t shift_h = tap_u * down.delta, shift_w = tap_v * across.delta;
+        int own = 0;  // fill_lines asks for a thread's lines in their order
+        fill_lines<Tile::kThreads, Pixels>(
+            to, from.count - first_k, p.x.vector, p.x.data, [&](int) {
+              const std::int64_t h = line_h[own] + shift_h, w = line_w[own] + shift_w;
+              const bool inside =
+                  line_image[own] != nullptr && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+              const T* const pixel =
+                  inside ? line_image[own] + h * p.x.row + w * p.x.pixel + first_k : nullptr;
+              ++own;
+              return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
+            });
+        const int u = down.first + tap_u * down.step, v = across.first + tap_v * across.step;
+        fill_weight<Tile::kThreads, Weights>(to + Pixels::kElements, p.weight, group,
+                                             kForward ? first_col : first_k,
+                                             kForward ? first_k : first_col, u, v);
+      },
+      [&](int, const T* at) {
+        const T* const weights = at + Pixels::kElements;
+        if constexpr (kForward) {
+          tile.multiply(ByRow{at, Pixels::kPitch}, ByRow{weights, Weights::kPitch});
+        } else {
+          tile.multiply(ByRow{at, Pixels::kPitch}, ByDepth{weights, Weights::kPitch});
+        }
+      });
 
   const int channels = p.groups * to.count;
-#pragma unroll
-  for (int i = 0; i < Block::kOwnRows; ++i) {
-    const int row = first_row + block.row(i);
-    if (row >= rows) break;
+  tile.each([&](int tile_row, int tile_col, const auto& sums) {
+    const int row = first_row + tile_row;
+    if (row >= rows) return;
     const int n = row / plane, pixel = row - n * plane, r = pixel / p.class_w;
     const std::int64_t h = r * down.gap + class_y;
     const std::int64_t w = (pixel - r * p.class_w) * across.gap + class_x;
-    if (h >= p.y.height || w >= p.y.width) continue;
+    if (h >= p.y.height || w >= p.y.width) return;
     const std::int64_t place =
         ((std::int64_t{share} * p.y.images + n) * p.y.height + h) * p.y.width + w;
     T* const y = p.y.at(n, static_cast<int>(h), static_cast<int>(w));
 #pragma unroll
-    for (int j = 0; j < Block::kOwnCols; ++j) {
-      const int col = first_col + block.col(j), channel = group * to.count + col;
-      if (col >= to.count) continue;
-      A value = block.sum[i][j];
+    for (int e = 0; e < Tile::kRun; ++e) {
+      const int col = first_col + tile_col + e, channel = group * to.count + col;
+      if (col >= to.count) return;
+      acc_t<T> value = sums[e];
       if (p.sums != nullptr) {
         p.sums[place * channels + channel] = value;
         continue;
       }
       if (kForward && p.bias != nullptr) {
         const std::int64_t out = to.channel(channel);
-        if (out >= 0) value += static_cast<A>(p.bias[out]);
+        if (out >= 0) value += static_cast<acc_t<T>>(p.bias[out]);
       }
       y[channel] = static_cast<T>(value);
     }
-  }
+  });
 }
 
 // y = bias + the sum over the shares, in their order; a thread owns one number.
@@ -182,16 +198,17 @@ __global__ void __launch_bounds__(256)
          static_cast<int>(pixel - rows * p.y.width))[channel] = static_cast<T>(sum);
 }
 
-template <typename T, bool kTensor, bool kLarge, bool kForward>
-void run(const char* name, const Problem<T>& p, void* stream) {
-  using Block = typename TileOf<T, kTensor, kLarge, false, !kForward>::type;
+template <typename Tile, bool kForward>
+void run(const char* name, const Problem<typename Tile::Value>& p, void* stream) {
+  using T = typename Tile::Value;
   const Side& to = kForward ? p.weight.outs : p.weight.ins;
   const std::int64_t pixels = std::int64_t{p.x.images} * p.class_h * p.class_w;
-  const std::int64_t blocks = (pixels + Block::kRows - 1) / Block::kRows *
-                              ceil_div(to.count, Block::kCols) * p.groups * p.shares *
+  const std::int64_t blocks = (pixels + Tile::kRows - 1) / Tile::kRows *
+                              ceil_div(to.count, Tile::kCols) * p.groups * p.shares *
                               p.vertical.classes * p.horizontal.classes;
-  launch(name, nested_conv2d_kernel<Block, kForward>, dim3(static_cast<unsigned>(blocks)),
-         dim3(Block::kThreads), Block::kSharedBytes, stream, p);
+  launch(name, nested_conv2d_kernel<Tile, kForward>, dim3(static_cast<unsigned>(blocks)),
+         dim3(Tile::kThreads), kNestedStages * kStageElements<Tile, kForward> * sizeof(T), stream,
+         p);
   if (p.sums == nullptr) return;
   const int channels = p.groups * to.count;
   const std::int64_t numbers = std::int64_t{p.y.images} * p.y.height * p.y.width * channels;
@@ -229,16 +246,8 @@ void convolve(const char* name, const TensorView& x, const TensorView& weight,
                  static_cast<int>(plan.shares)};
     p.class_h = ceil_div(p.y.height, p.vertical.classes);
     p.class_w = ceil_div(p.y.width, p.horizontal.classes);
-    if constexpr (sizeof(T) == 2) {
-      plan.large ? run<T, true, true, kForward>(name, p, stream)
-                 : run<T, true, false, kForward>(name, p, stream);
-    } else if constexpr (sizeof(T) == 4) {
-      if (!plan.tf32) return run<T, false, false, kForward>(name, p, stream);
-      plan.large ? run<T, true, true, kForward>(name, p, stream)
-                 : run<T, true, false, kForward>(name, p, stream);
-    } else {
-      run<T, false, false, kForward>(name, p, stream);
-    }
+    with_nested_tile<T>(
+        plan, [&](auto type) { run<typename decltype(type)::type, kForward>(name, p, stream); });
   });
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common.cuh"
+#include "cuda/load.cuh"
 #include "pyeff/nested_conv2d.h"
 
 namespace pyeff::cuda {
@@ -20,16 +21,7 @@ struct Map {
   __device__ T* at(int n, int h, int w) const { return data + n * image + h * row + w * pixel; }
 };
 
-// The numbers of a map's channels in whole vectors, at aligned addresses; `channels` is also where
-// a group may begin.
-template <typename T>
-bool has_vectors(const TensorView& t, std::int64_t channels) {
-  constexpr std::int64_t lanes = 16 / sizeof(T);
-  bool whole = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && channels % lanes == 0;
-  for (const int d : {0, 2, 3}) whole = whole && (t.shape[d] <= 1 || t.stride[d] % lanes == 0);
-  return whole;
-}
-
+// `group_channels` is also where a group may begin.
 template <typename T, typename Value = std::remove_const_t<T>>
 Map<T> map_of(const TensorView& t, std::int64_t group_channels) {
   return {t.as<T>(),
@@ -39,7 +31,7 @@ Map<T> map_of(const TensorView& t, std::int64_t group_channels) {
           static_cast<int>(t.shape[0]),
           static_cast<int>(t.shape[2]),
           static_cast<int>(t.shape[3]),
-          has_vectors<Value>(t, group_channels)};
+          aligned(t.as<Value>(), t, 1) && fills_chunks<Value>(group_channels)};
 }
 
 // One side of the full weight. Channels are numbered within the selection.
@@ -67,16 +59,13 @@ struct Weight {
 
 template <typename T, typename Value = std::remove_const_t<T>>
 Weight<T> weight_of(const TensorView& t, const NestedConv2d& conv, int groups) {
-  constexpr std::int64_t lanes = 16 / sizeof(Value);
   const bool grouped = conv.groups > 1;
   const std::int64_t in_lo = grouped || conv.in.index != nullptr ? 0 : conv.in.lo;
   const Side outs{conv.out.index, conv.out.index != nullptr ? 0 : conv.out.lo, t.shape[0],
                   static_cast<int>(conv.out.count / groups)};
   const Side ins{conv.in.index, in_lo, t.shape[1], static_cast<int>(conv.in.count / groups)};
-  bool vector = ins.index == nullptr && (t.stride[1] == 1 || t.shape[1] == 1) &&
-                ins.count % lanes == 0 &&
-                reinterpret_cast<std::uintptr_t>(t.as<Value>() + in_lo) % 16 == 0;
-  for (const int d : {0, 2, 3}) vector = vector && (t.shape[d] <= 1 || t.stride[d] % lanes == 0);
+  const bool vector = ins.index == nullptr && (t.stride[1] == 1 || t.shape[1] == 1) &&
+                      fills_chunks<Value>(ins.count) && aligned(t.as<Value>() + in_lo, t, 1);
   return {t.as<T>(), t.stride[0], t.stride[1], t.stride[2], t.stride[3], outs, ins, vector};
 }
 

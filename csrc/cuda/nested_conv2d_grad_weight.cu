@@ -2,8 +2,7 @@
 // selected channels of the full gradient. The rest of it is not touched.
 
 #include "cuda/launch.cuh"
-#include "cuda/nested_conv2d.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/nested_conv2d_tile.cuh"
 
 namespace pyeff::cuda {
 namespace {
@@ -26,13 +25,19 @@ __device__ void write(const Weight<T>& weight, int o, int i, int u, int v, acc_t
       static_cast<T>(sum);
 }
 
+template <typename Tile>
+constexpr int kStageElements =
+    DepthPanel<Tile, Tile::kRows>::kElements + DepthPanel<Tile, Tile::kCols>::kElements;
+
 // grad[o, i, u, v] = sum over n, p, q of grad_y[n, o, p, q] x[n, i, h, w] with h = p stride - pad +
 // u dilation and w likewise. A block owns kRows outputs by kCols inputs of one tap and one share of
 // the pixels. The order of the terms is fixed: the same on every run.
-template <typename Block>
-__global__ void __launch_bounds__(Block::kThreads)
-    nested_conv2d_grad_weight_kernel(const __grid_constant__ Problem<typename Block::Value> p) {
-  using T = typename Block::Value;
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    nested_conv2d_grad_weight_kernel(const __grid_constant__ Problem<typename Tile::Value> p) {
+  using T = typename Tile::Value;
+  using Gradients = DepthPanel<Tile, Tile::kRows>;
+  using Pixels = DepthPanel<Tile, Tile::kCols>;
   unsigned rest = blockIdx.x;
   const auto next = [&](int count) {
     const int value = static_cast<int>(rest % static_cast<unsigned>(count));
@@ -40,59 +45,66 @@ __global__ void __launch_bounds__(Block::kThreads)
     return value;
   };
   const int outs = p.weight.outs.count, ins = p.weight.ins.count;
-  const int first_in = next((ins + Block::kCols - 1) / Block::kCols) * Block::kCols;
-  const int first_out = next((outs + Block::kRows - 1) / Block::kRows) * Block::kRows;
+  const int first_in = next((ins + Tile::kCols - 1) / Tile::kCols) * Tile::kCols;
+  const int first_out = next((outs + Tile::kRows - 1) / Tile::kRows) * Tile::kRows;
   const int v = next(p.kernel_w), u = next(p.kernel_h), group = next(p.groups);
   const int share = static_cast<int>(rest);
 
   const int plane = p.grad_y.height * p.grad_y.width, pixels = p.grad_y.images * plane;
-  const int all_steps = (pixels + Block::kDepth - 1) / Block::kDepth;
+  const int all_steps = (pixels + Tile::kDepth - 1) / Tile::kDepth;
   const int per_share = (all_steps + p.shares - 1) / p.shares, first_step = share * per_share;
   const std::int64_t shift_h = u * p.window.dilation_h - p.window.pad_top;
   const std::int64_t shift_w = v * p.window.dilation_w - p.window.pad_left;
 
-  Block block;
-  block.run(max(0, min(per_share, all_steps - first_step)), [&](int step, T* a, T* b) {
-    const int first = (first_step + step) * Block::kDepth;
-    fill_lines<Block::kThreads, Block::kLinesA, Block::kWidthA, Block::kPitchA>(
-        a, outs - first_out, p.grad_y.vector, p.grad_y.data, [&](int line) {
-          const int k = first + line, n = k / plane, r = (k - n * plane) / p.grad_y.width;
-          const int c = k - n * plane - r * p.grad_y.width;
-          const T* const pixel =
-              k < pixels ? p.grad_y.at(n, r, c) + std::int64_t{group} * outs + first_out : nullptr;
-          return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
-        });
-    fill_lines<Block::kThreads, Block::kLinesB, Block::kWidthB, Block::kPitchB>(
-        b, ins - first_in, p.x.vector, p.x.data, [&](int line) {
-          const int k = first + line, n = k / plane, r = (k - n * plane) / p.grad_y.width;
-          const int c = k - n * plane - r * p.grad_y.width;
-          const std::int64_t h = r * p.window.stride_h + shift_h;
-          const std::int64_t w = c * p.window.stride_w + shift_w;
-          const bool inside = k < pixels && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-          const T* const pixel = inside ? p.x.at(n, static_cast<int>(h), static_cast<int>(w)) +
-                                              std::int64_t{group} * ins + first_in
-                                        : nullptr;
-          return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
-        });
-  });
+  Tile tile;
+  tile.clear();
+  run_stages<kNestedStages>(
+      shared_memory<T>(), kStageElements<Tile>, max(0, min(per_share, all_steps - first_step)),
+      [&](int step, T* to) {
+        const int first = (first_step + step) * Tile::kDepth;
+        fill_lines<Tile::kThreads, Gradients>(
+            to, outs - first_out, p.grad_y.vector, p.grad_y.data, [&](int line) {
+              const int k = first + line, n = k / plane, r = (k - n * plane) / p.grad_y.width;
+              const int c = k - n * plane - r * p.grad_y.width;
+              const T* const pixel =
+                  k < pixels ? p.grad_y.at(n, r, c) + std::int64_t{group} * outs + first_out
+                             : nullptr;
+              return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
+            });
+        fill_lines<Tile::kThreads, Pixels>(
+            to + Gradients::kElements, ins - first_in, p.x.vector, p.x.data, [&](int line) {
+              const int k = first + line, n = k / plane, r = (k - n * plane) / p.grad_y.width;
+              const int c = k - n * plane - r * p.grad_y.width;
+              const std::int64_t h = r * p.window.stride_h + shift_h;
+              const std::int64_t w = c * p.window.stride_w + shift_w;
+              const bool inside = k < pixels && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+              const T* const pixel = inside ? p.x.at(n, static_cast<int>(h), static_cast<int>(w)) +
+                                                  std::int64_t{group} * ins + first_in
+                                            : nullptr;
+              return [=](int at) { return pixel == nullptr ? nullptr : pixel + at; };
+            });
+      },
+      [&](int, const T* at) {
+        tile.multiply(ByDepth{at, Gradients::kPitch},
+                      ByDepth{at + Gradients::kElements, Pixels::kPitch});
+      });
 
   const int taps = p.kernel_h * p.kernel_w, tap = u * p.kernel_w + v;
+  tile.each([&](int row, int col, const auto& sums) {
+    const int o = first_out + row, out = group * outs + o;
+    if (o >= outs) return;
+    const std::int64_t line = std::int64_t{share} * p.groups * outs + out;
 #pragma unroll
-  for (int i = 0; i < Block::kOwnRows; ++i) {
-    const int o = first_out + block.row(i), out = group * outs + o;
-    if (o >= outs) break;
-#pragma unroll
-    for (int j = 0; j < Block::kOwnCols; ++j) {
-      const int in = first_in + block.col(j);
-      if (in >= ins) continue;
+    for (int e = 0; e < Tile::kRun; ++e) {
+      const int in = first_in + col + e;
+      if (in >= ins) return;
       if (p.sums == nullptr) {
-        write(p.weight, out, in, u, v, block.sum[i][j]);
-        continue;
+        write(p.weight, out, in, u, v, sums[e]);
+      } else {
+        p.sums[(line * taps + tap) * ins + in] = sums[e];
       }
-      const std::int64_t line = std::int64_t{share} * p.groups * outs + out;
-      p.sums[(line * taps + tap) * ins + in] = block.sum[i][j];
     }
-  }
+  });
 }
 
 // A thread owns one number of the selected part.
@@ -112,15 +124,14 @@ __global__ void __launch_bounds__(256)
         static_cast<int>(row % kernel_h), static_cast<int>(line % kernel_w), sum);
 }
 
-template <typename T, bool kTensor, bool kLarge>
-void run(const Problem<T>& p, void* stream) {
-  using Block = typename TileOf<T, kTensor, kLarge, true, true>::type;
-  const std::int64_t blocks = std::int64_t{ceil_div(p.weight.ins.count, Block::kCols)} *
-                              ceil_div(p.weight.outs.count, Block::kRows) * p.kernel_h *
-                              p.kernel_w * p.groups * p.shares;
-  launch("nested_conv2d_grad_weight", nested_conv2d_grad_weight_kernel<Block>,
-         dim3(static_cast<unsigned>(blocks)), dim3(Block::kThreads), Block::kSharedBytes, stream,
-         p);
+template <typename Tile>
+void run(const Problem<typename Tile::Value>& p, void* stream) {
+  const std::int64_t blocks = std::int64_t{ceil_div(p.weight.ins.count, Tile::kCols)} *
+                              ceil_div(p.weight.outs.count, Tile::kRows) * p.kernel_h * p.kernel_w *
+                              p.groups * p.shares;
+  launch("nested_conv2d_grad_weight", nested_conv2d_grad_weight_kernel<Tile>,
+         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         kNestedStages * kStageElements<Tile> * sizeof(typename Tile::Value), stream, p);
 }
 
 }  // namespace
@@ -159,14 +170,7 @@ void nested_conv2d_grad_weight(const TensorView& grad_y, const TensorView& x,
                        static_cast<int>(grad_weight.shape[3]),
                        groups,
                        static_cast<int>(plan.shares)};
-    if constexpr (sizeof(T) == 2) {
-      plan.large ? run<T, true, true>(p, stream) : run<T, true, false>(p, stream);
-    } else if constexpr (sizeof(T) == 4) {
-      if (!plan.tf32) return run<T, false, false>(p, stream);
-      plan.large ? run<T, true, true>(p, stream) : run<T, true, false>(p, stream);
-    } else {
-      run<T, false, false>(p, stream);
-    }
+    with_nested_tile<T>(plan, [&](auto type) { run<typename decltype(type)::type>(p, stream); });
   });
   if (workspace != nullptr) {
     sum_weight_shares(*workspace, grad_weight, conv, plan.shares, stream);

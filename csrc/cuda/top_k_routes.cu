@@ -59,7 +59,7 @@ struct Rows {
 // owns an image. It takes the branches one after the other: the next is the first of those that
 // come after the last one, so nothing is marked as taken, and rows of any length need no memory.
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 8)
     top_k_routes_kernel(Rows<T> scores, std::int32_t* __restrict__ index,  // [N, k]
                         T* __restrict__ weight,                            // [N, k]
                         bool softmax) {

@@ -16,6 +16,7 @@ struct BranchConv2d {
   ConvWindow window;
   std::int64_t groups;
   int threads;
+  bool tf32;  // cuda: products of float32 are rounded to TF32
 };
 
 namespace cpu {

@@ -179,7 +179,7 @@ def cpp_forward(
 
 def _problem(conv: Conv) -> tuple[int, ...]:
     top, _, left, _ = conv.padding
-    return (*conv.stride, top, left, *conv.dilation, conv.groups, torch.get_num_threads())
+    return (*conv.stride, top, left, *conv.dilation, conv.groups, torch.get_num_threads(), 0)
 
 
 # --- the others -----------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 They take weights with the channels that are summed innermost in memory. A copy of a weight that is
 not so is made for every call: one that was kept would be missed by CUDA graphs, whose replay raises
-no version. Products of float32 are
-exact: these kernels never use TF32.
+no version.
 """
 
 from torch import Tensor
 
 from pyeff import _C as native
 from pyeff.ops._branch_maps import Conv, channels_innermost, empty_maps
+from pyeff.ops._conv_args import tf32_allowed
 from pyeff.ops._top_k_routes_cuda import launch_plan
 
 
@@ -72,4 +72,4 @@ def _transposed(weight: Tensor, groups: int) -> Tensor:
 
 def _problem(conv: Conv) -> tuple[int, ...]:
     top, _, left, _ = conv.padding
-    return (*conv.stride, top, left, *conv.dilation, conv.groups, 1)
+    return (*conv.stride, top, left, *conv.dilation, conv.groups, 1, int(tf32_allowed()))

@@ -63,3 +63,9 @@ def empty_channels_last(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
     # Twice as fast as torch.empty(memory_format=torch.channels_last), and a size of one or zero
     # does not change the strides.
     return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets convolutions round float32 factors to TF32."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at run time
+    return bool(convolutions.fp32_precision == "tf32")

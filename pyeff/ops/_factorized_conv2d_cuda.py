@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyeff import _C as native
-from pyeff.ops._conv_args import as_channels_last, empty_channels_last
+from pyeff.ops._conv_args import as_channels_last, empty_channels_last, tf32_allowed
 from pyeff.ops._factorized_pair import (
     ACTIVATIONS,
     BackwardCall,
@@ -159,13 +159,12 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _problem(pair: FactorPair) -> tuple[int, ...]:
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at run time
     return (
         pair.stride,
         pair.padding,
         pair.dilation,
         ACTIVATIONS.index(pair.inner),
         ACTIVATIONS.index(pair.outer),
-        int(convolutions.fp32_precision == "tf32"),
+        int(tf32_allowed()),
         1,
     )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pyeff import _C as native
-from pyeff.ops._conv_args import Pair, Sides, as_channels_last, empty_channels_last
+from pyeff.ops._conv_args import Pair, Sides, as_channels_last, empty_channels_last, tf32_allowed
 
 _SMALL, _LARGE = 64, 128  # rows and columns of a tile
-_DEPTH = {2: 32}  # terms of a step, by bytes of a number; else 16
+_DEPTH_BYTES = 64  # of the terms of a step
 _FEWEST_STEPS = 8  # of a share: each costs a copy of the result in the type of the sums
 _DEPTHWISE_CHANNELS = 32  # of a block of the depth-wise weight gradient
 _DEPTHWISE_PIXELS = 512  # of a share of it, at least
@@ -140,8 +140,7 @@ def _plan(t: Tensor, product: tuple[int, int, int], copies: int) -> Plan:
     """
     rows, columns, terms = product
     size = t.element_size()
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # set at run time
-    tf32 = t.dtype == torch.float32 and precision == "tf32"
+    tf32 = t.dtype == torch.float32 and tf32_allowed()
     processors = _processors(t)
 
     def blocks(tile: int) -> int:
@@ -149,7 +148,7 @@ def _plan(t: Tensor, product: tuple[int, int, int], copies: int) -> Plan:
 
     if (size == 2 or tf32) and blocks(_LARGE) >= processors:
         return Plan(tf32, True, 1)
-    steps = -(-terms // _DEPTH.get(size, 16))
+    steps = -(-terms * size // _DEPTH_BYTES)
     shares = min(2 * processors // max(1, blocks(_SMALL)), steps // _FEWEST_STEPS)
     return Plan(tf32, False, max(1, shares))
 

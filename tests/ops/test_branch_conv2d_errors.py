@@ -109,7 +109,7 @@ def test_the_native_gradients_refuse_windows_whose_size_overflows(at):
     x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 6, 4, 3, 3)
     x = x.contiguous(memory_format=torch.channels_last)
     grad_y = torch.randn(2, 2, 3, 3, 6).movedim(-1, 2)
-    problem = [1, 1, 0, 0, 1, 1, 1, 1]
+    problem = [1, 1, 0, 0, 1, 1, 1, 1, 0]
     problem[at] = problem[at + 1] = 2**31 - 1
     index, message = INDEX.int(), "must give maps that fit into memory"
     with pytest.raises(ValueError, match=f"branch_conv2d_grad_weight: .*{message}"):

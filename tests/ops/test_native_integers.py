@@ -42,7 +42,7 @@ def nested(kind):
 def branch(kind):
     def call(window=WINDOW, groups=1, threads=1):
         weight, x, y = torch.randn(3, C, C // max(1, min(groups, C)), 3, 3), maps(2), maps(2, 2)
-        problem = (*window, groups, threads)
+        problem = (*window, groups, threads, 0)
         if kind == "forward":
             _C.branch_conv2d_forward(x, weight, None, None, routes(), y, problem)
             return y
@@ -221,7 +221,7 @@ def test_weights_without_channels():
         weight = torch.empty(shape)
         message = "weight must have branches, channels and a kernel"
         with pytest.raises(ValueError, match=message):
-            _C.branch_conv2d_forward(x, weight, None, None, routes(), y, (*WINDOW, LARGEST, 1))
+            _C.branch_conv2d_forward(x, weight, None, None, routes(), y, (*WINDOW, LARGEST, 1, 0))
         with pytest.raises(ValueError, match=message):
             _C.branch_conv2d_packed_elements(weight, LARGEST)
     with pytest.raises(ValueError, match="weight must have channels in every group"):

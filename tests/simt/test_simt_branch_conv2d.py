@@ -64,6 +64,27 @@ def test_the_order_of_threads_changes_nothing(simt, dtype):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ["small, no two dimensions equal", "wide branch, few images"])
+def test_tf32_follows_torch(simt, name):
+    case = CASES[name]
+    tensors = [t.requires_grad_() for t in case.tensors(torch.float32)]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    index = case.routes()
+    want = reference(*wide, index, **case.options())
+    grad_y = torch.randn(want.shape)
+    wants = (want, *torch.autograd.grad(want, wide, grad_y.double()))
+    # The gradient of the bias has no products.
+    rounded = ("y", "gradient of x", "gradient of weight")
+    for allowed in (False, True):
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+        with pyeff.backend("cuda"):
+            y = branch_conv2d(*tensors, index, **case.options())
+            got = (y, *torch.autograd.grad(y, tensors, grad_y))
+        for what, g, w in zip(rounded, got, wants, strict=False):
+            error = ((g - w).abs().max() / w.abs().max()).item()
+            assert (1e-5 < error < 5e-3) if allowed else error < 1e-5, what
+
+
 @pytest.mark.parametrize("name", ["shared rows", "a row for each pair"])
 def test_branch_linear(simt, name):
     linear.test_matches_reference(name, torch.bfloat16, "cpu", "cuda")
@@ -136,7 +157,7 @@ def test_refuses_what_is_not_safe(simt, change, message):
         "bias": None,
         "index": torch.zeros(2, 2, dtype=torch.int32),
         "y": torch.empty(2, 2, 4, 5, 8).movedim(4, 2),
-        "problem": (1, 1, 1, 1, 1, 1, 1, 1),
+        "problem": (1, 1, 1, 1, 1, 1, 1, 1, 0),
     }
     with pytest.raises(ValueError, match=f"branch_conv2d: {message}"):
         simt.branch_conv2d_forward_cuda(**(arguments | change))
