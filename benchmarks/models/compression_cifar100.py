@@ -27,13 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compression_arms import KINDS, Plan, arms_of, train
+from compression_arms import KINDS, Arm, Plan, arms_of, train
 from compression_inference import FORMS, markdown_times, time_networks, time_steps
 from compression_tables import collect, draw_accuracy, draw_layers, draw_times, print_arms
 from timing import machine, markdown_table
 
 import pyeff
 from pyeff.checkpoint import write_bytes_atomically
+from pyeff.compress import LowRank
 from pyeff.train import load_config_tasks
 from pyeff.train.batches import normalise
 from pyeff.train.compress_options import parse_compress
@@ -59,6 +60,8 @@ RECIPE: dict[str, Any] = {"schedule": "onecycle", "lr": 0.1, "weight_decay": 5e-
 HEADLINE = ("dense", "group", "lowrank", "both", "posthoc", "small")
 TIMED = ("dense", "group", "lowrank", "both")
 BATCHES = (1, 32)
+# Shares of the sum of a layer's singular values; 1 is the numerical rank.
+ENERGIES = (0.8, 0.9, 1.0)
 
 
 def plans_of(arguments: argparse.Namespace) -> list[Plan]:
@@ -155,10 +158,34 @@ def reload_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def rank_rows(plan: Plan, arms: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ranks summed over the layers: of dense by shares of the singular values, and of lowrank.
+
+    Of lowrank the singular values that the last application left: all that there are.
+    """
+    seed = plan.seeds[0]
+    dense = LowRank(pyeff.load(plan.folder(Arm("dense"), seed)), strength=0.0)
+    names = dense.layers
+    rows = [
+        {"network": "dense", "energy": energy, "rank": sum(dense.ranks(energy).values())}
+        for energy in ENERGIES
+    ]
+    for name, found in arms.items():
+        if found["kind"] == "lowrank":
+            epochs = found["compression"][0]["ranks"]
+            ranks = epochs[max(epochs, key=int)]
+            rank = sum(ranks[layer] for layer in names)
+            rows.append({"network": name, "energy": 1.0, "rank": rank})
+    return rows
+
+
 def print_tables(document: dict[str, Any]) -> None:
     """Markdown for the results page."""
     print(f"## {document['network']}\n")
     print_arms(document["arms"])
+    for row in document["ranks"]:
+        print(f"{row['network']}: ranks of {row['rank']} at {row['energy']:g} of their sum")
+    print()
     if document["inference"]:
         print(markdown_times(document["inference"]))
     if document["reload"]:
@@ -186,11 +213,13 @@ def finish(plan: Plan, arguments: argparse.Namespace) -> None:
         "recipe": plan.recipe,
         "penalties": plan.penalties,
         "arms": collect(plan),
+        "ranks": [],
         "inference": [],
         "step_seconds": {},
     }
     if arguments.time:
         document |= measured(plan, arguments)
+    document["ranks"] = rank_rows(plan, document["arms"])
     document["reload"] = reload_rows(document)
     stem = arguments.out / f"compression_{plan.name}"
     text = json.dumps(document, indent=1) + "\n"
