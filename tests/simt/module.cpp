@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/dlpack.h"
 #include "simt.h"
 
 namespace py = pybind11;
@@ -36,6 +37,34 @@ py::list launches() {
   return list;
 }
 
+// A tensor that says that it is on a device of another number.
+struct Elsewhere {
+  py::object tensor;
+  int device;
+};
+
+constexpr const char* kApi = "__dlpack_c_exchange_api__";
+constexpr const char* kApiName = "dlpack_exchange_api";
+
+int tensor_from_elsewhere(void* object, pyeff::dlpack::Tensor* out) {
+  const auto& self = py::handle(static_cast<PyObject*>(object)).cast<const Elsewhere&>();
+  const py::object capsule = py::type::of(self.tensor).attr(kApi);
+  const auto* api = static_cast<const pyeff::dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), kApiName));
+  const int status = api->tensor_from_object(self.tensor.ptr(), out);
+  out->device.index = self.device;
+  return status;
+}
+
+void bind_elsewhere(py::module_& m) {
+  static const pyeff::dlpack::ExchangeApi api{
+      {pyeff::dlpack::kMajorVersion, 0}, nullptr, nullptr, nullptr, nullptr,
+      tensor_from_elsewhere,             nullptr};
+  py::class_<Elsewhere> type(m, "Elsewhere", py::module_local());
+  type.def(py::init<py::object, int>(), py::arg("tensor"), py::arg("device"));
+  type.attr(kApi) = py::capsule(&api, kApiName);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
@@ -51,6 +80,7 @@ PYBIND11_MODULE(_simt, m) {
         bind_nested_conv2d, bind_probe, bind_top_k_routes}) {
     if (bind != nullptr) bind(m);
   }
+  bind_elsewhere(m);
   m.def("launches", &launches, "Every launch since forget_launches, in order.");
   m.def("forget_launches", [] { simt::machine().launches.clear(); });
   m.def(
