@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ TOTAL_SECONDS = 510.0
 LIMITS = {
     "build": 150.0,
     "tests": 240.0,
+    "memcheck": 45.0,
     "nested_conv2d": 200.0,
     "branch_conv2d": 140.0,
     "factorized_conv2d": 110.0,
@@ -83,6 +84,10 @@ PROBLEM = {
 }
 
 
+# compute-sanitizer's exit code where it finds an error.
+FOUND = 9
+
+
 @dataclass
 class Stage:
     """How one stage went; ``output`` is the end of what it printed."""
@@ -91,6 +96,8 @@ class Stage:
     ok: bool
     seconds: float
     output: str
+    stopped: bool = False  # at its limit
+    skipped: bool = False  # nothing is known from it
 
 
 def run_stage(
@@ -103,7 +110,7 @@ def run_stage(
 ) -> Stage:
     """Runs a command for at most ``seconds``, shows its output and keeps the end of it."""
     print(f"== {name}: at most {seconds:.0f} s", flush=True)
-    start = time.monotonic()
+    start, stopped = time.monotonic(), False
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             list(command),
@@ -120,10 +127,12 @@ def run_stage(
             # The whole session of processes that it started, compilers and workers too.
             os.killpg(process.pid, signal.SIGKILL)
             code, note = process.wait(), f"\n{name} was stopped after {seconds:.0f} s\n"
+            stopped = True
         log.seek(0)
         output = log.read() + note
     print(output[-6000:], flush=True)
-    return Stage(name, code == 0, round(time.monotonic() - start, 1), output[-6000:])
+    seconds = round(time.monotonic() - start, 1)
+    return Stage(name, code == 0, seconds, output[-6000:], stopped=stopped)
 
 
 def missing_tools() -> list[str]:
@@ -201,6 +210,26 @@ def test(target: Path, seconds: float) -> Stage:
     )
 
 
+def memcheck(target: Path, seconds: float) -> Stage:
+    """Looks for reads and writes beside the memory of small calls, where compute-sanitizer runs.
+
+    Not run to its end, it has found nothing and cleared nothing: it counts as skipped.
+    """
+    name, tool = "memcheck", shutil.which("compute-sanitizer")
+    if tool is None:
+        message = "compute-sanitizer is not on this machine's PATH\n"
+        print(f"== {name}: {message}", flush=True)
+        return Stage(name, True, 0.0, message, skipped=True)
+    # API errors are those of torch, which asks for functions that may not be there.
+    command = [tool, "--tool", "memcheck", "--report-api-errors", "no"]
+    command += ["--error-exitcode", str(FOUND)]
+    command += [sys.executable, str(ROOT / "benchmarks" / "gpu_memcheck.py")]
+    # Of torch's cache of memory everything can be read.
+    environment = {"PYTHONPATH": python_path(target), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    stage = run_stage(name, command, seconds, cwd=target, environment=environment)
+    return replace(stage, ok=True, skipped=True) if stage.stopped else stage
+
+
 def measure(target: Path, name: str, path: Path, seconds: float) -> Stage:
     """Runs an operator's benchmark; it ends by itself a little before its limit."""
     script = ROOT / "benchmarks" / "ops" / f"gpu_{name}.py"
@@ -245,11 +274,16 @@ def module_version(name: str) -> str:
         return "none"
 
 
+def verdict(ok: bool, skipped: bool) -> str:
+    """How a stage went, in a word."""
+    return "skipped" if skipped else "ok" if ok else "FAILED"
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page: machine, stages, one table of times an operator."""
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     stages = [
-        (stage["name"], "ok" if stage["ok"] else "FAILED", f"{stage['seconds']:.0f}")
+        (stage["name"], verdict(stage["ok"], stage["skipped"]), f"{stage['seconds']:.0f}")
         for stage in report["stages"]
     ]
     page = f"# pyeff on {report['machine'].get('device', 'no GPU')}\n\n{machine}\n\n"
@@ -328,9 +362,12 @@ def run_all(out: Path) -> list[Stage]:
             stages.append(test(target, left("tests")))
             report()
             for name, part in zip(files, PARTS, strict=True):
-                seconds = min(LIMITS[name], part * (end - time.monotonic()))
+                rest = end - LIMITS["memcheck"] - time.monotonic()
+                seconds = min(LIMITS[name], part * rest)
                 stages.append(measure(target, name, files[name], seconds))
                 report()
+            stages.append(memcheck(target, left("memcheck")))
+            report()
     return stages
 
 
@@ -346,7 +383,7 @@ def main() -> None:
         )
     stages = run_all(out)
     for stage in stages:
-        print(f"{stage.name}: {'ok' if stage.ok else 'FAILED'} in {stage.seconds:.0f} s")
+        print(f"{stage.name}: {verdict(stage.ok, stage.skipped)} in {stage.seconds:.0f} s")
     print(f"written: {out / 'gpu.json'} and {out / 'gpu.md'}")
     sys.exit(0 if all(stage.ok for stage in stages) else 1)
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,29 @@ def test_a_stage_is_stopped_at_its_limit_with_its_children():
     assert not is_running(stage.output.split()[0])
 
 
+@pytest.mark.parametrize(
+    ("lines", "seconds", "verdict"),
+    [
+        ("exit 0", 60, "ok"),
+        ("exit 9", 60, "FAILED"),
+        ("sleep 60", 2, "skipped"),
+        (None, 60, "skipped"),
+    ],
+    ids=["nothing found", "an error found", "too slow", "not there"],
+)
+def test_memcheck_tells_what_it_found(monkeypatch, tmp_path, lines, seconds, verdict):
+    if lines is not None:
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(f"#!/bin/sh\necho sanitizing $@\n{lines}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    stage = gpu.memcheck(tmp_path, seconds)
+    assert gpu.verdict(stage.ok, stage.skipped) == verdict
+    if lines is not None:
+        assert "--tool memcheck" in stage.output
+        assert "gpu_memcheck.py" in stage.output
+
+
 def test_the_build_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "BUILD_TOOLS", {"no_such_module": "no-such-package"})
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
@@ -89,8 +113,8 @@ def test_the_parts_of_the_tests_are_all_of_them(tmp_path):
 
 
 def report(results):
-    stage = {"name": "tests", "ok": False, "seconds": 12.3, "output": ""}
-    return {"machine": MACHINE, "stages": [stage], "results": results}
+    stage = gpu.Stage("tests", False, 12.3, "")
+    return {"machine": MACHINE, "stages": [asdict(stage)], "results": results}
 
 
 def test_the_page_without_results_names_the_failed_stage():
