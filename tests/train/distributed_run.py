@@ -6,7 +6,7 @@ from train.tiny import MODEL, tiny_config
 
 from pyeff.train import Trainer
 
-out, rule = sys.argv[1:]
+out, rule, *device = sys.argv[1:]
 level_rule, task_rule = rule.split()
 levels = 4 if level_rule == "sandwich" else 2
 Trainer(
@@ -20,5 +20,6 @@ Trainer(
         sandwich_levels=3,
         task_rule=task_rule,
         lr=0.05,
+        device=device[0] if device else "cpu",
     )
 ).fit()
