@@ -359,7 +359,6 @@ def write_report(
         "results": [line.to_json() for line in results],
         "best_epochs": best_epochs(result.records),
     }
-    write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     plot_levels(results, out / "levels.png")
     if result.compressed is not None:
         write_compression(out, result.records, result.compressed)
@@ -374,3 +373,5 @@ def write_report(
             out / "branches.png",
             class_groups=owners if supervised else None,
         )
+    # The last one: whoever finds it takes the run for finished.
+    write_bytes_atomically(out / "results.json", (json.dumps(document, indent=2) + "\n").encode())
