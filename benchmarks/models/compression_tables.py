@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compression_arms import Arm, Plan, made_of
+from compression_arms import PENALTIES, Arm, Plan, made_of
 from timing import markdown_table
 
 from pyeff.train.compression_plots import (
@@ -105,7 +105,9 @@ def draw_accuracy(arms: dict[str, Any], path: Path, title: str) -> None:
         deviation = statistics.stdev(values) if len(values) > 1 else None
         params = round(statistics.mean(found["params"]))
         point = SizePoint(params, statistics.mean(values), deviation)
-        lines.setdefault(found["kind"], []).append(point)
+        trained_on = found["kind"] in PENALTIES and found["epoch"] is not None
+        line = f"{found['kind']}, then trained on" if trained_on else found["kind"]
+        lines.setdefault(line, []).append(point)
     plot_accuracy_against_parameters(lines, path, title=title)
 
 

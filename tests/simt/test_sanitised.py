@@ -7,8 +7,16 @@ import pytest
 from sanitised import run
 from simt_build import COMPILER, HERE
 
-# One kernel of every kind, with ragged tiles; ``sanitised.py`` runs any others by hand.
-SUBSET = "right_kernel or (shares_of_the_sum and float16 and True)"
+# A few cases of every kernel, with ragged tiles; ``sanitised.py`` runs any others by hand.
+CASES = {
+    "probe": "right_kernel",
+    "nested_conv2d": "shares_of_the_sum and float16 and True",
+    "branch_conv2d": "in_other_precisions and float16 and (small or stride or wide)",
+    "branch_stage": "matches_reference and float16 and (option or uneven or silu or crossing)",
+    "combine": "matches_reference and float16 and (equal or cifar)",
+    "factorized_conv2d": "in_half_precision and float16 and (small or dilated or panel or wide)",
+    "top_k_routes": "plan or matches_reference and float16",
+}
 
 
 def sanitised(*arguments):
@@ -18,8 +26,9 @@ def sanitised(*arguments):
 
 
 def test_kernels_stay_within_their_memory():
-    files = [str(HERE / f"test_simt_{name}.py") for name in ("probe", "nested_conv2d")]
-    result = sanitised(*files, "-k", SUBSET)
+    files = [str(HERE / f"test_simt_{name}.py") for name in CASES]
+    subset = " or ".join(f"test_simt_{name} and ({cases})" for name, cases in CASES.items())
+    result = sanitised(*files, "-k", subset)
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

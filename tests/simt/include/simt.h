@@ -108,7 +108,7 @@ struct Machine {
   int threads = 0, running = 0;  // of the block; fibers that are not done
   Fiber* current = nullptr;
   std::vector<std::vector<Meeting>> meetings;  // per warp
-  int at_barrier = 0, barrier_votes = 0, barrier_count = 0;
+  int at_barrier = 0;
   Site barrier{};
   char* shared = nullptr;
   std::size_t shared_bytes = 0;
@@ -273,25 +273,18 @@ inline void wait_here(const Site& site) {
   leave_fiber();
 }
 
-// All threads of the block; returns how many of them came with a true vote.
-inline int block_barrier(const Site& site, bool vote) {
+// All threads of the block meet.
+inline void block_barrier(const Site& site) {
   Machine& m = machine();
   if (m.running < m.threads) fail("threads have ended before " + site.words());
   if (m.at_barrier == 0) {
     m.barrier = site;
-    m.barrier_votes = 0;
   } else if (!(m.barrier == site)) {
     fail("barriers differ: " + m.barrier.words() + " and " + site.words());
   }
-  m.barrier_votes += vote ? 1 : 0;
-  if (++m.at_barrier < m.threads) {
-    wait_here(site);
-    return m.barrier_count;
-  }
+  if (++m.at_barrier < m.threads) return wait_here(site);
   m.at_barrier = 0;
-  m.barrier_count = m.barrier_votes;
   for (int t = 0; t < m.threads; ++t) m.fibers[t].state = State::kReady;
-  return m.barrier_count;
 }
 
 // The lanes of the mask meet; body(operands by lane) runs once, when the last has come.

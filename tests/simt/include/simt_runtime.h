@@ -8,24 +8,11 @@
 // The line of the call comes in by the defaults.
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(SIMT_HERE) { simt::block_barrier({"__syncthreads", file, line}, false); }
-inline int __syncthreads_count(int vote, SIMT_HERE) {
-  return simt::block_barrier({"__syncthreads_count", file, line}, vote != 0);
-}
-inline int __syncthreads_or(int vote, SIMT_HERE) {
-  return simt::block_barrier({"__syncthreads_or", file, line}, vote != 0) > 0;
-}
-inline int __syncthreads_and(int vote, SIMT_HERE) {
-  return simt::block_barrier({"__syncthreads_and", file, line}, vote != 0) ==
-         simt::machine().threads;
-}
+inline void __syncthreads(SIMT_HERE) { simt::block_barrier({"__syncthreads", file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_HERE) {
   int nothing = 0;
   simt::meet(mask, {"__syncwarp", file, line}, nothing, [](int**) {});
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-
 namespace simt {
 
 template <typename T>
@@ -65,18 +52,6 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SIMT_HERE) {
   return simt::exchange(mask, {"__shfl_xor_sync", file, line}, value,
                         source / width > lane / width ? lane : source);
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, SIMT_HERE) {
-  const int lane = simt::lane(), source = lane + static_cast<int>(by);
-  return simt::exchange(mask, {"__shfl_down_sync", file, line}, value,
-                        lane % width + static_cast<int>(by) < width ? source : lane);
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, SIMT_HERE) {
-  const int lane = simt::lane(), source = lane - static_cast<int>(by);
-  return simt::exchange(mask, {"__shfl_up_sync", file, line}, value,
-                        lane % width >= static_cast<int>(by) ? source : lane);
-}
 inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) {
   unsigned mine = vote != 0;
   simt::meet(mask, {"__ballot_sync", file, line}, mine, [&](unsigned** lanes) {
@@ -90,42 +65,6 @@ inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) {
   });
   return mine;
 }
-inline int __any_sync(unsigned mask, int vote, SIMT_HERE) {
-  return __ballot_sync(mask, vote, file, line) != 0;
-}
-inline int __all_sync(unsigned mask, int vote, SIMT_HERE) {
-  return __ballot_sync(mask, vote, file, line) == mask;
-}
-
-template <typename T>
-T atomicAdd(T* address, std::common_type_t<T> value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
-}
-template <typename T>
-T atomicMax(T* address, std::common_type_t<T> value) {
-  const T before = *address;
-  if (before < value) *address = value;
-  return before;
-}
-template <typename T>
-T atomicMin(T* address, std::common_type_t<T> value) {
-  const T before = *address;
-  if (value < before) *address = value;
-  return before;
-}
-template <typename T>
-T atomicExch(T* address, std::common_type_t<T> value) {
-  return std::exchange(*address, value);
-}
-template <typename T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
-  const T before = *address;
-  if (before == expected) *address = value;
-  return before;
-}
-
 // --- the runtime ---------------------------------------------------------------------------------
 
 enum cudaError_t {
