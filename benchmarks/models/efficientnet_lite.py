@@ -126,20 +126,22 @@ def photographs() -> dict[str, np.ndarray]:
     return found
 
 
-def frames(data: Path, limit: int) -> dict[str, np.ndarray]:
-    """Frames of CamVid's test set, evenly over the drive.
+def frames(data: Path, limit: int | None, part: str = "test") -> dict[str, np.ndarray]:
+    """Frames of CamVid, evenly over the drive.
 
     Args:
         data: the folder that holds ``CamVid``.
-        limit: how many at most.
+        limit: how many at most; ``None`` for all.
+        part: ``"test"`` or ``"train"``.
 
     Raises:
         ValueError: there are none.
     """
-    paths = sorted((data / "CamVid" / "test").glob("*.png"))
+    paths = sorted((data / "CamVid" / part).glob("*.png"))
     if not paths:
-        raise ValueError(f"frames: data must hold CamVid/test/*.png, got none in {data}")
-    chosen = [paths[at * len(paths) // limit] for at in range(min(limit, len(paths)))]
+        raise ValueError(f"frames: data must hold CamVid/{part}/*.png, got none in {data}")
+    count = len(paths) if limit is None else min(limit, len(paths))
+    chosen = [paths[at * len(paths) // count] for at in range(count)]
     return {path.stem: _read(path) for path in dict.fromkeys(chosen)}
 
 
@@ -166,5 +168,9 @@ def views(picture: np.ndarray, count: int) -> Tensor:
     right, down = size[0] - SIDE, size[1] - SIDE
     places = [(right // 2, down // 2), (0, 0), (right, 0), (0, down), (right, down)]
     cut = [np.asarray(scaled.crop((x, y, x + SIDE, y + SIDE))) for x, y in places[:count]]
-    pixels = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - _MEAN) / _STD
+    return to_network(torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float())
+
+
+def to_network(pixels: Tensor) -> Tensor:
+    """Pixels from 0 to 255 as the network was trained to see them."""
+    return (pixels / 255 - _MEAN) / _STD

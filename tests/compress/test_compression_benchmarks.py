@@ -19,6 +19,7 @@ by_hand = importlib.import_module("compression_by_hand")
 arms = importlib.import_module("compression_arms")
 tables = importlib.import_module("compression_tables")
 lite = importlib.import_module("efficientnet_lite")
+tuning = importlib.import_module("efficientnet_tuning")
 
 
 def network():
@@ -117,6 +118,46 @@ def test_other_layers_are_refused():
     weights.popitem()
     with pytest.raises(ValueError, match=r"renamed: weights must hold 16 tensors .*, got 15"):
         lite.renamed(weights, network())
+
+
+def random_views():
+    frames = torch.randint(256, (2, 3, 360, 400), dtype=torch.uint8)
+    return tuning.Views(frames, torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8))
+
+
+def test_views_repeat_and_are_as_the_network_was_trained():
+    views = random_views()
+    first, second = list(views.batches(2)), list(views.batches(2))
+    assert first[0].shape == (32, 3, 224, 224)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(*first)
+    assert first[0].abs().max() <= 1
+    assert first[0].std() > 0.1
+
+
+def test_tuning_approaches_the_original_and_leaves_the_given_network():
+    original = nn.Sequential(
+        *(nn.Conv2d(3, 8, 8, stride=8), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5)),
+    )
+    views = random_views()
+    original = tuning.recalibrated(original, views)
+    small = copy.deepcopy(original)
+    with torch.no_grad():
+        small[0].weight += 0.1 * torch.randn_like(small[0].weight)
+    before = copy.deepcopy(small.state_dict())
+    (x,) = tuning.Views(views.frames, views.small, seed=7).batches(1)
+
+    def difference(model):
+        with torch.no_grad():
+            return float((model(x) - original(x)).norm())
+
+    model = tuning.tuned(small, original, views, 12, "small")
+    assert difference(model) < 0.7 * difference(small)
+    assert not model.training
+    torch.testing.assert_close(small.state_dict(), before, rtol=0, atol=0)
+    again = tuning.tuned(small, original, views, 12, "small")
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(
