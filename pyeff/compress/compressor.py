@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyeff.compress.factorize import factorize_with_report
 from pyeff.compress.factorize_report import FactorizeReport
 from pyeff.compress.group_sparsity import GroupSparsity
-from pyeff.compress.layer_calls import Example
+from pyeff.compress.layer_calls import Example, arguments_of
 from pyeff.compress.low_rank import LowRank
 from pyeff.compress.rank_rules import RankRule
 from pyeff.compress.scale_free import KeptScale, scale_free_layers
@@ -196,7 +196,7 @@ class Compressor:
         self.options = {"form": "channel", **(options or {})}
         self.parameters = _count(model)
         self._optimizer: torch.optim.Optimizer | None = None
-        inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+        inputs = arguments_of(example)
         with_norms = group is not None and any(g.include_norm for g in group.groups)
         free = keep_scale and not with_norms
         self._kept = KeptScale(model, scale_free_layers(model, inputs) if free else {})
@@ -267,15 +267,18 @@ class Compressor:
         Raises:
             ValueError: the state is of other penalties.
         """
-        for name, penalty in (("group", self.group), ("rank", self.rank)):
+        penalties = {"group": self.group, "rank": self.rank}
+        # All of it is looked at before any of it is taken.
+        for name, penalty in penalties.items():
             found = state.get(name)
             if (found is None) != (penalty is None):
                 raise ValueError(
                     f"{_OP}: state must have a {name} as the compressor has, got "
                     f"{'none' if found is None else 'one'}"
                 )
-            if penalty is not None and found is not None:
-                penalty.load_state_dict(found)
+        for name, penalty in penalties.items():
+            if penalty is not None:
+                penalty.load_state_dict(state[name])
 
     def compress(self, model: nn.Module | None = None) -> Compressed:
         """The network without its dead neurons and with its layers of low rank factored.

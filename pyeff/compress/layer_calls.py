@@ -11,8 +11,19 @@ Example = Tensor | Sequence[Tensor]
 
 
 def arguments_of(example: Example) -> tuple[Tensor, ...]:
-    """The positional arguments of a forward pass: a tensor alone, or several."""
-    return (example,) if isinstance(example, Tensor) else tuple(example)
+    """The positional arguments of a forward pass: a tensor alone, or several.
+
+    Raises:
+        TypeError: something else, keyword arguments for one.
+    """
+    found = (example,) if isinstance(example, Tensor) else tuple(example)
+    for argument in found:
+        if not isinstance(argument, Tensor):
+            raise TypeError(
+                "compress: example must be a tensor or several, the forward pass's positional "
+                f"arguments, got {type(example).__name__} of {type(argument).__name__}"
+            )
+    return found
 
 
 def output_of(model: nn.Module, example: Example) -> list[Tensor]:

@@ -68,10 +68,11 @@ def save(
     Args:
         model: what :func:`pyeff.compress.shrink` or ``factorize`` returned, trained on or not.
         path: the file to write or replace; safetensors with JSON in its header, written atomically.
-        extra: more to keep beside it (JSON-able).
+        extra: more to keep beside it (JSON-able), under names other than ``kind`` and ``layers``.
 
     Raises:
         TypeError: the network has no description.
+        ValueError: ``extra`` has a name that the file itself needs.
         ImportError: safetensors is missing.
 
     Example:
@@ -87,7 +88,11 @@ def save(
             "compress.save: model must come from shrink or factorize, got "
             f"{type(model).__name__} without a description"
         )
-    write_archive(path, model_tensors(model), {"kind": _KIND, "layers": layers, **(extra or {})})
+    own = {"kind": _KIND, "layers": layers}
+    taken = sorted(set(own) & set(extra or {}))
+    if taken:
+        raise ValueError(f"compress.save: extra must not name {', '.join(own)}, got {taken}")
+    write_archive(path, model_tensors(model), {**own, **(extra or {})})
 
 
 def load(path: str | os.PathLike[str], base: nn.Module) -> nn.Module:

@@ -6,6 +6,11 @@ from typing import Any
 
 FORMS = ("channel", "spatial", "auto")
 CONDITIONS = ("macs", "time", "both", "always")
+# Of group sparsity alone.
+GROUP_OPTIONS = (
+    *("alpha", "first_layers", "first_factor", "include_norm"),
+    *("floor", "tied", "mask"),
+)
 
 
 def _strength(value: Any) -> float | str:
@@ -114,14 +119,15 @@ def check_compress(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         options: by name: ``group`` and ``rank`` (``"auto"`` or a strength; one of them at least);
             ``alpha``, ``first_layers``, ``first_factor``, ``include_norm``, ``floor``, ``tied``,
-            ``mask``, ``every`` as in :class:`pyeff.compress.GroupSparsity` and
-            :class:`pyeff.compress.LowRank`; ``keep_scale`` as in
+            ``mask`` as in :class:`pyeff.compress.GroupSparsity`, with ``group`` only; ``every`` as
+            there and in :class:`pyeff.compress.LowRank`; ``keep_scale`` as in
             :class:`pyeff.compress.Compressor`; ``form`` and ``only_if`` as in
             :func:`pyeff.compress.factorize`; ``constants`` and ``round_to`` as in
             :func:`pyeff.compress.shrink`.
 
     Raises:
-        ValueError: neither regulariser, an unknown name, a bad value.
+        ValueError: neither regulariser, an unknown name, a bad value, an option of the regulariser
+            that is not there.
     """
     unknown = sorted(set(options) - set(_READERS))
     if unknown:
@@ -132,6 +138,9 @@ def check_compress(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"compress: options must name group or rank, got {', '.join(options) or 'none'}"
         )
+    idle = [name for name in GROUP_OPTIONS if name in options and "group" not in options]
+    if idle:
+        raise ValueError(f"compress: {', '.join(idle)} must come with group, got rank alone")
     checked = {}
     for name, value in options.items():
         try:

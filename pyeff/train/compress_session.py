@@ -12,6 +12,7 @@ from pyeff import models
 from pyeff.checkpoint import config_differences, model_config, read_archive
 from pyeff.compress import Compressor, GroupSparsity, LowRank
 from pyeff.train.batches import normalise
+from pyeff.train.compress_options import GROUP_OPTIONS
 from pyeff.train.processes import Processes
 from pyeff.train.progress_bar import Bar
 from pyeff.train.session import Batches, Session, TrainResult
@@ -19,7 +20,7 @@ from pyeff.train.session import Batches, Session, TrainResult
 if TYPE_CHECKING:
     from pyeff.train.trainer import Trainer
 
-_GROUP = ("alpha", "first_layers", "first_factor", "include_norm", "floor", "tied", "mask", "every")
+_GROUP = (*GROUP_OPTIONS, "every")
 _RANK = ("every",)
 # Of training images, for batch norm's statistics after a step of the penalties.
 _BATCHES = 8

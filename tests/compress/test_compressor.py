@@ -6,7 +6,7 @@ from torch import nn
 
 import pyeff
 from pyeff import models
-from pyeff.compress import Compressor, GroupSparsity, LowRank
+from pyeff.compress import Compressor, GroupSparsity, LowRank, factorize
 
 
 def network():
@@ -260,6 +260,25 @@ def test_bad_arguments():
         Compressor(model, x, group=group, options={"speed": 1})
     with pytest.raises(ValueError, match="state must have a rank as the compressor has, got one"):
         Compressor(model, x, group=group).load_state_dict({"group": group.state_dict(), "rank": {}})
+    rank = LowRank(model, strength=0.0)
+    message = "example must be a tensor or several, .* positional arguments, got dict of str"
+    with pytest.raises(TypeError, match=message):
+        Compressor(model, {"images": x}, rank=rank)
+    with pytest.raises(TypeError, match=message):
+        factorize(model, rank=2, only_if="always", example={"images": x})
+
+
+def test_a_refused_state_changes_nothing():
+    model, x = network(), example(1)
+    penalties = {"group": GroupSparsity(model, x, strength=0.1), "rank": LowRank(model, strength=0)}
+    compressor = Compressor(model, x, **penalties)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor.attach(optimizer)
+    later = compressor.state_dict()
+    later["group"] = {**later["group"], "epochs": 7}
+    with pytest.raises(ValueError, match="state must have a rank as the compressor has, got none"):
+        compressor.load_state_dict({"group": later["group"], "rank": None})
+    assert compressor.state_dict()["group"]["epochs"] == 0
 
 
 def test_a_state_of_another_shape_is_refused():

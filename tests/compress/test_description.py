@@ -226,6 +226,9 @@ def test_networks_of_others_are_loaded_into_their_base(tmp_path):
         load(tmp_path / "other.safetensors", base=Scaled(8))
     with pytest.raises(TypeError, match=r"must come from shrink or factorize, got Scaled"):
         save(base, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=r"extra must not name kind, layers, got \['layers'\]"):
+        save(model, tmp_path / "extra.safetensors", extra={"layers": {}})
+    assert not (tmp_path / "extra.safetensors").exists()
 
 
 class Versioned(nn.Module):

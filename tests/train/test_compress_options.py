@@ -47,6 +47,7 @@ def test_what_was_checked_is_left_as_it_is():
         ("group=1,mask=maybe", "mask must be true or false, got 'maybe'"),
         ("group=1,tied=loose", "tied must be one of joint, skip, got 'loose'"),
         ("group=1,every=day", "every must be a number, got 'day'"),
+        ("rank=1,floor=4,alpha=0.5", "alpha, floor must come with group, got rank alone"),
         ("group=1,form=x", "form must be one of channel, spatial, auto, got 'x'"),
     ],
 )
