@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pyeff._extras import require
 from pyeff.nn.folding import layers_apart
@@ -84,9 +85,12 @@ def dependency_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any,
 
     ends: list[Any] = []
 
-    def outputs_of(out: Any) -> Any:
-        ends.extend(tensor.grad_fn for tensor in pruning.utils.flatten_as_list(out))
-        return out
+    def outputs_of(out: Any) -> list[Tensor]:
+        # Auxiliary heads that are off, sizes and classes come along with what channels lead to.
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        recorded = [tensor for tensor in tensors if tensor.grad_fn is not None]
+        ends.extend(tensor.grad_fn for tensor in recorded)
+        return recorded
 
     # Inputs that need a gradient put everything into autograd's graph, frozen layers too.
     leaves = tuple(
@@ -112,7 +116,7 @@ def dependency_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any,
             f"{OP}: model must be one that can be traced with the example, got "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not ends or any(end is None for end in ends):
+    if not ends:
         raise ValueError(
             f"{OP}: model must give tensors that autograd recorded, got outputs without a graph"
         )

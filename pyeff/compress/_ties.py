@@ -185,31 +185,37 @@ def _tie_grouped(names: dict, classes: _Classes) -> None:
 
 def _block_unusable(graph: Any, names: dict, outputs: list[Any], classes: _Classes) -> None:
     """Marks the classes that cannot be removed although torch-pruning would."""
-    owners: dict[int, str] = {}
+    holders = _holders(names)
     for module, name in names.items():
         if isinstance(module, nn.Parameter) or not makes_channels(module):
             continue
-        reason = None
         if graph.module2node.get(module) is None:
             continue
+        weight = module._parameters.get("weight")
+        others = [other for other in holders.get(id(weight), ()) if other != name]
+        shared = f"it shares its weight with {others[0]}" if others else None
+        for channel in range(_width(module, CONSUMER, 0)) if shared else ():
+            classes.block((name, CONSUMER, channel), f"{name}, which reads it: {shared}")
         if graph.module2node[module].grad_fn in outputs:
             reason = f"it makes {_OUTPUT}"
         elif is_depthwise(module) and module.in_channels != module.out_channels:
             reason = "each of its groups reads several channels and makes one"
-        elif not isinstance(module._parameters.get("weight"), nn.Parameter):
+        elif not isinstance(weight, nn.Parameter):
             reason = "its weight is computed from other parameters"
         else:
-            first = owners.setdefault(id(module.weight), name)
-            reason = None if first == name else f"it shares its weight with {first}"
-            if reason:
-                _block_layer(first, module, f"it shares its weight with {name}", classes)
-        if reason:
-            _block_layer(name, module, reason, classes)
+            reason = shared
+        for channel in range(_outputs(module)) if reason else ():
+            classes.block((name, PRODUCER, channel), reason)
 
 
-def _block_layer(name: str, module: Any, reason: str, classes: _Classes) -> None:
-    for channel in range(_outputs(module)):
-        classes.block((name, PRODUCER, channel), reason)
+def _holders(names: dict) -> dict[int, list[str]]:
+    """The modules that have a parameter of their own, by its id: several, where it is shared."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for module, name in names.items():
+        if not isinstance(module, nn.Parameter):
+            for parameter in module.parameters(recurse=False):
+                found[id(parameter)].append(name)
+    return found
 
 
 def _collect(names: dict, classes: _Classes) -> Ties:

@@ -97,7 +97,7 @@ def remove_dead(
         if spared.any():
             kept[group.name][f"rounded up to {options.round_to}"] += int(spared.sum())
         gone[group] = chosen & ~spared
-    trial = Trial(whole, given, carried, tolerance)
+    trial = Trial(whole, given, carried, tolerance, dtype == torch.float64)
     made = trial.largest(gone, kept)
     named = {name: dict(why) for name, why in kept.items() if why}
     return Removal(made.model, made.sources, named, made.borders, made.difference, tolerance)

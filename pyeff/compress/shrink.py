@@ -182,10 +182,12 @@ def _has_new_zeros(model: nn.Module, made: Removal) -> bool:
     for name, layer in made.model.named_modules():
         if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
             continue
+        prefix = f"{name}.weight" if name else "weight"
+        if prefix not in made.sources:  # such as those whose weight is computed
+            continue
         zeros = (filters_of(layer) == 0).all(1)
         before = (filters_of(model.get_submodule(name)) == 0).all(1)
-        prefix = f"{name}.weight" if name else "weight"
-        if prefix not in made.sources or not zeros.any():
+        if not zeros.any():
             continue
         if int(zeros.sum()) > int(before.sum()) - (before.numel() - zeros.numel()):
             return True

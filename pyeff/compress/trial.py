@@ -41,6 +41,7 @@ class Trial:
         inputs: of several passes, in the precision to compare in.
         carried: what the readers of removable channels are given.
         tolerance: how far the outputs may lie apart, relative.
+        precise: whether float64 is that precision; the network's own is otherwise.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Trial:
         inputs: Sequence[Inputs],
         carried: Mapping[str, Carried],
         tolerance: float,
+        precise: bool,
     ) -> None:
         self.whole, self.inputs, self.carried = whole, inputs, carried
-        self.tolerance = tolerance
+        self.tolerance, self.precise = tolerance, precise
         self.before = self._outputs(copy.deepcopy(whole))
         self.norms: dict[str, str] | None = None
 
@@ -108,8 +110,7 @@ class Trial:
 
     def _outputs(self, model: nn.Module) -> list[list[Tensor]]:
         """What a network, whose precision may be changed, gives for all inputs."""
-        floats = next((x for x in self.inputs[0] if x.is_floating_point()), None)
-        if floats is not None and floats.dtype == torch.float64:
+        if self.precise:
             model.double()
         return [output_of(model, x) for x in self.inputs]
 
