@@ -197,15 +197,16 @@ def _block_unusable(graph: Any, names: dict, outputs: list[Any], classes: _Class
         for channel in range(_width(module, CONSUMER, 0)) if shared else ():
             classes.block((name, CONSUMER, channel), f"{name}, which reads it: {shared}")
         if graph.module2node[module].grad_fn in outputs:
-            reason = f"it makes {_OUTPUT}"
+            reason: str | None = f"it makes {_OUTPUT}"
         elif is_depthwise(module) and module.in_channels != module.out_channels:
             reason = "each of its groups reads several channels and makes one"
         elif not isinstance(weight, nn.Parameter):
             reason = "its weight is computed from other parameters"
         else:
             reason = shared
-        for channel in range(_outputs(module)) if reason else ():
-            classes.block((name, PRODUCER, channel), reason)
+        if reason is not None:
+            for channel in range(_outputs(module)):
+                classes.block((name, PRODUCER, channel), reason)
 
 
 def _holders(names: dict) -> dict[int, list[str]]:
