@@ -100,6 +100,8 @@ def pair_of(layer: Factored, cut: Decomposition, rank: int) -> nn.Sequential:
     if layer.weight.dim() == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
         pair._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     pair.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        cast(Tensor, last.bias).requires_grad_(layer.bias.requires_grad)
     return pair.train(layer.training)
 
 
@@ -177,4 +179,35 @@ def _along(conv: nn.Conv2d, axis: int) -> dict[str, Any]:
         # "same" and "valid" mean the right thing for either axis.
         "padding": padding if isinstance(padding, str) else on_axis(padding, 0),
         "dilation": on_axis(conv.dilation, 1),
+    }
+
+
+def why_left(layer: nn.Module, shared: bool) -> str | None:
+    """Why nothing can be put in a layer's place, as far as the layer itself tells.
+
+    Args:
+        layer: any layer with a weight.
+        shared: whether another layer has the same weight: see :func:`shared_weights`.
+    """
+    if type(layer) not in FACTORED_KINDS:
+        return f"a {type(layer).__name__} is none of Conv2d, ConvTranspose2d, Linear"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a hook"
+    if getattr(layer, "groups", 1) != 1:
+        return f"grouped ({getattr(layer, 'groups', 1)}): each group is a small matrix of its own"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
+    return "another layer has the same weight" if shared else None
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of the modules whose weight another module has too, an embedding among them."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return {
+        name
+        for name, module in model.named_modules()
+        if len(owners.get(id(module._parameters.get("weight")), ())) > 1
     }

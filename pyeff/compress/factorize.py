@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from pyeff.compress.expanded import refuse_expanded
 from pyeff.compress.factor_forms import (
-    FACTORED_KINDS,
     Decomposition,
     Factored,
     decompose,
     forms_of,
     pair_of,
+    shared_weights,
+    why_left,
 )
 from pyeff.compress.factorize_report import FactorizeReport, LayerFactors
 from pyeff.compress.factorize_time import Candidate, keep_faster
@@ -123,7 +124,7 @@ def factorize_with_report(
     shapes: dict[str, _Shapes] | None = None
     if example is not None:
         shapes = layer_inputs(model, example, list(named))
-    aliases, shared = _aliases(model), _shared_weights(named)
+    aliases, shared = _aliases(model), shared_weights(model)
     candidates: dict[str, Candidate] = {}
     results: dict[str, LayerFactors] = {}
     for name, layer in named.items():
@@ -134,7 +135,9 @@ def factorize_with_report(
             sum(p.numel() for p in layer.parameters()),
         )
         called = None if shapes is None else shapes.get(name, [])
-        reason = _why_left(layer, called, name in shared)
+        reason = why_left(layer, name in shared)
+        if reason is None and called is not None and not called:
+            reason = "not called on the example: its parent reads its weights, or does not run it"
         if layers is not None and name not in layers:
             reason = "not among the layers that were asked for"
         if reason is not None:
@@ -259,31 +262,6 @@ def _check(
         raise ValueError(
             f"{_OP}: layers must be convolutions or linear layers of the model, got {unknown}"
         )
-
-
-def _why_left(layer: nn.Module, called: _Shapes | None, shared: bool) -> str | None:
-    """Why nothing can be put in a layer's place."""
-    if type(layer) not in FACTORED_KINDS:
-        return f"a {type(layer).__name__} is none of Conv2d, ConvTranspose2d, Linear"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a hook"
-    if getattr(layer, "groups", 1) != 1:
-        return f"grouped ({getattr(layer, 'groups', 1)}): each group is a small matrix of its own"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "it has hooks, which would be lost"
-    if shared:
-        return "another layer has the same weight"
-    if called is not None and not called:
-        return "not called on the example: its parent reads its weights, or does not run it"
-    return None
-
-
-def _shared_weights(named: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the layers whose weight another layer has too."""
-    owners: dict[int, list[str]] = {}
-    for name, layer in named.items():
-        owners.setdefault(id(layer.weight), []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _aliases(model: nn.Module) -> dict[str, Sequence[str]]:

@@ -159,6 +159,11 @@ class GroupSparsity(Proximal):
                 factor = 0.0
                 for name in group.producers:
                     self.left_out[name] = "its channels are tied to another layer's"
+            fixed = [n for n in group.parameters if not self.model.get_parameter(n).requires_grad]
+            if fixed:
+                factor = 0.0
+                for name in group.producers:
+                    self.left_out[name] = f"{fixed[0]} takes no gradient"
             factors[group] = factor * (first_factor if at < first_layers else 1.0)
         return factors
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.compress.expanded import refuse_expanded
+from pyeff.compress.factor_forms import shared_weights, why_left
 from pyeff.compress.parameter_count import ParameterCount
 from pyeff.compress.prox import ROUTES, shrink_spectrum, singular_values
 from pyeff.compress.proximal import Proximal
+from pyeff.compress.rank_rules import noise_floor
 from pyeff.compress.strength import (
     TargetRule,
     check_factors,
@@ -60,7 +62,9 @@ class LowRank(Proximal):
 
     Attributes:
         layers: names of the layers that are penalised: all convolutions of one group and linear
-            layers whose matrix has two rows and columns at least.
+            layers whose matrix has two rows and columns at least, but for those that
+            :func:`factorize` leaves as they are and those whose weight takes no gradient.
+        left_out: for the latter two the reason.
 
     Raises:
         TypeError, ValueError: numbers out of range, unknown layers, no layer at all, a target that
@@ -102,14 +106,17 @@ class LowRank(Proximal):
                 f'{_OP}: schedule must have a learning rate above 0 for strength "auto", got '
                 f"{schedule}"
             )
-        fit = {name: module for name, module in model.named_modules() if _has_matrix(module)}
+        matrices = {name: module for name, module in model.named_modules() if _has_matrix(module)}
+        self.left_out = _left_out(model, matrices)
+        fit = {n: module for n, module in matrices.items() if n not in self.left_out}
         check_factors(_OP, layers, list(fit))
         self._factor = {name: float((layers or {}).get(name, 1.0)) for name in fit}
         self.layers = tuple(name for name in fit if self._factor[name] > 0)
         if not self.layers:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
             raise ValueError(
                 f"{_OP}: model must have convolutions of one group or linear layers, got none that "
-                "can be penalised"
+                f"can be penalised{why and ': '}{why}"
             )
         self._modules = {name: fit[name] for name in self.layers}
         self.strength, self.route, self.target_params = strength, route, target_params
@@ -118,8 +125,7 @@ class LowRank(Proximal):
         self._count = ParameterCount(model)
         self._check_reachable()
         self._initial = {
-            name: float(self._values(name).median()) if strength == "auto" else 1.0
-            for name in self.layers
+            name: float(self._typical(name)) if strength == "auto" else 1.0 for name in self.layers
         }
         self._ranks = {name: min(_matrix(self._weight(name)).shape) for name in self.layers}
 
@@ -143,6 +149,17 @@ class LowRank(Proximal):
 
     def _values(self, name: str) -> Tensor:
         return singular_values(_matrix(self._weight(name)), route=self.route).double().cpu()
+
+    def _typical(self, name: str) -> Tensor:
+        """The median singular value of those that are more than rounding."""
+        values = self._values(name)
+        real = values[values > self._noise(name, values)]
+        return real.median() if len(real) else values[0]
+
+    def _noise(self, name: str, values: Tensor) -> float:
+        weight = self._weight(name)
+        rows, columns = _matrix(weight).shape
+        return noise_floor(values, (rows, columns), weight.dtype)
 
     def _penalised(self) -> Iterable[str]:
         return [f"{name}.weight" if name else "weight" for name in self.layers]
@@ -173,18 +190,20 @@ class LowRank(Proximal):
                 _matrix(weight), tau, route=self.route, floor=self.floor
             )
             weight.copy_(shrunk.reshape(weight.shape))
-            self._ranks[name] = int((values > 0).sum())
+            left = values.double().cpu().sort(descending=True).values
+            self._ranks[name] = max(int((left > self._noise(name, left)).sum()), self.floor)
 
     def _strength_for(self, per_strength: dict[str, float], step: float, ahead: float) -> float:
         if not isinstance(self.strength, str):
             return float(self.strength)
         if self.target_params is None:
             return _DOSE / sum(self.schedule or ())
-        levels = {
-            name: self._values(name) / per_strength[name]
-            for name in self.layers
-            if per_strength[name] > 0
-        }
+        levels = {}
+        for name in self.layers:
+            if per_strength[name] > 0:
+                values = self._values(name)
+                real = values > self._noise(name, values)
+                levels[name] = torch.where(real, values, 0.0) / per_strength[name]
 
         def count(level: float) -> int:
             ranks = {n: max(int((found > level).sum()), self.floor) for n, found in levels.items()}
@@ -256,6 +275,18 @@ class LowRank(Proximal):
         self._rule.left = state["left"]
         self._initial = {name: float(state["initial"][name]) for name in self.layers}
         self._ranks = {name: int(state["ranks"][name]) for name in self.layers}
+
+
+def _left_out(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why some layers with a matrix are not penalised."""
+    shared, reasons = shared_weights(model), {}
+    for name, layer in layers.items():
+        reason = why_left(layer, name in shared)
+        if reason is None and not layer.get_parameter("weight").requires_grad:
+            reason = "its weight takes no gradient"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -36,7 +36,8 @@ class OrthoReg:
 
     Args:
         model: the network. All its convolutions with more than one filter are regularised, those of
-            several groups group by group.
+            several groups group by group, but for those whose weight takes no gradient or is
+            computed from other parameters.
         beta: strength.
         scale: the paper's lambda.
 
@@ -60,6 +61,9 @@ class OrthoReg:
             module
             for module in model.modules()
             if isinstance(module, nn.modules.conv._ConvNd) and module.out_channels > module.groups
+            # A weight that is computed from others cannot be moved.
+            if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+            if weight.requires_grad
         ]
         if not self._convolutions:
             raise ValueError(
