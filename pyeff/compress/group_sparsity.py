@@ -314,14 +314,20 @@ class GroupSparsity(Proximal):
             "done": self._is_done,
             "initial": {group.name: self._initial[group] for group in self.groups},
             "masked": {g.name: self._masked[g].nonzero().flatten().tolist() for g in self.groups},
+            "channels": {group.name: group.channels for group in self.groups},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: it is another network's.
+            ValueError: it is another network's; nothing is taken then.
         """
+        sizes = {group.name: group.channels for group in self.groups}
+        # States of before there was this entry have none.
+        found = state.get("channels", sizes) if isinstance(state, dict) else sizes
+        if found != sizes:
+            raise ValueError(f"{_OP}: state must be of {sizes} channels, got one of {found}")
         self._load_counters(state, [group.name for group in self.groups], "initial")
         self._rule.left, self._is_done = state["left"], bool(state["done"])
         for group in self.groups:

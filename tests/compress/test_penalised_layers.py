@@ -108,3 +108,21 @@ def test_a_pair_takes_gradients_where_its_layer_did():
     layer.bias.requires_grad_(False)
     pair = factorize(nn.Sequential(layer), rank=2, only_if="always")[0]
     assert [p.requires_grad for p in pair.parameters()] == [True, True, False]
+
+
+def test_a_state_of_another_width_is_refused():
+    def penalty(width):
+        model = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3))
+        made = GroupSparsity(model, X, strength=0.1)
+        made.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        return made
+
+    wide, narrow = penalty(64), penalty(32)
+    wide.end_epoch(0.1)
+    before = narrow.state_dict()
+    with pytest.raises(ValueError, match=r"state must be of \{'0': 32\} channels, got one of .*64"):
+        narrow.load_state_dict(wide.state_dict())
+    assert narrow.state_dict() == before
+    # A state that an earlier version wrote has no widths.
+    older = {k: v for k, v in penalty(32).state_dict().items() if k != "channels"}
+    narrow.load_state_dict(older)
