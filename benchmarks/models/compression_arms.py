@@ -32,6 +32,7 @@ from pyeff.compress import zero_smallest
 from pyeff.train import TaskData, TrainConfig, evaluate, load_config_tasks
 from pyeff.train.batches import normalise
 from pyeff.train.calibrate import calibrate
+from pyeff.train.compress_options import GROUP_OPTIONS
 from pyeff.train.processes import joined
 from pyeff.train.report import level_results, print_results, train_and_report, write_report
 from pyeff.train.session import Session, TrainResult
@@ -115,7 +116,9 @@ class Plan:
         settings: dict[str, Any] = {}
         penalties = PENALTIES.get("both" if arm.kind == "reload" else arm.kind)
         if penalties is not None:
-            settings["compress"] = {**penalties, **self.penalties}
+            idle = () if "group" in penalties else GROUP_OPTIONS
+            further = {k: v for k, v in self.penalties.items() if k not in idle}
+            settings["compress"] = {**penalties, **further}
             settings["target_params"] = arm.target
             settings["reload_epoch"] = arm.epoch
         return TrainConfig(

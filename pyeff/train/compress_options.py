@@ -7,10 +7,7 @@ from typing import Any
 FORMS = ("channel", "spatial", "auto")
 CONDITIONS = ("macs", "time", "both", "always")
 # Of group sparsity alone.
-GROUP_OPTIONS = (
-    *("alpha", "first_layers", "first_factor", "include_norm"),
-    *("floor", "tied", "mask"),
-)
+GROUP_OPTIONS = ("alpha", "first_layers", "first_factor", "include_norm", "floor", "tied", "mask")
 
 
 def _strength(value: Any) -> float | str:

@@ -71,6 +71,19 @@ def test_every_arm_comes_after_what_it_is_made_of():
             assert other in found[:at]
 
 
+def test_penalties_take_the_options_that_they_have(tmp_path):
+    found = tuple(arms.Arm(kind, 0.4) for kind in ("group", "lowrank", "both"))
+    plan = arms.Plan(
+        *("net", "digits:class", {"family": "dec3"}, tmp_path, tmp_path, {"epochs": 1}),
+        *({"floor": 4, "every": 20}, found, (0,), (), frozenset()),
+    )
+    assert [plan.config(arm, 0).compress for arm in found] == [
+        {"group": "auto", "floor": 4, "every": 20},
+        {"rank": "auto", "every": 20},
+        {"group": "auto", "rank": "auto", "floor": 4, "every": 20},
+    ]
+
+
 def test_an_arm_without_its_source_says_what_is_missing(tmp_path):
     arm = arms.Arm("small", 0.4)
     plan = arms.Plan(
