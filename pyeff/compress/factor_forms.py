@@ -202,12 +202,15 @@ def why_left(layer: nn.Module, shared: bool) -> str | None:
 
 def shared_weights(model: nn.Module) -> set[str]:
     """Names of the modules whose weight another module has too, an embedding among them."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return {
-        name
-        for name, module in model.named_modules()
-        if len(owners.get(id(module._parameters.get("weight")), ())) > 1
-    }
+    shared = shared_parameters(model)
+    modules = (name for name, _ in model.named_modules())
+    return {name for name in modules if (f"{name}.weight" if name else "weight") in shared}
+
+
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that several modules have, under every one of these."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            names.setdefault(id(parameter), []).append(name)
+    return {name for found in names.values() if len(found) > 1 for name in found}

@@ -1,7 +1,7 @@
 """Group sparsity: neurons that the data do not need shrink to exact zeros while the net trains."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyeff.compress.channel_group import ChannelGroup
 from pyeff.compress.constants import norms_after, readers
+from pyeff.compress.factor_forms import shared_parameters
 from pyeff.compress.groups import Example, map_channels
 from pyeff.compress.parameter_count import ParameterCount
 from pyeff.compress.prox import shrink_groups, shrink_groups_in_metric
@@ -45,8 +46,9 @@ class GroupSparsity(Proximal):
     dead stay dead: a schedule of the first three quarters of the epochs leaves the rest of the
     training to the smaller network.
 
-    With Adam the step is taken in its metric (``sqrt(v) + eps`` for every parameter). Dead neurons
-    lose their momentum; without ``mask`` their gradient may revive them.
+    With Adam the step is taken in its metric (``sqrt(v) + eps`` for every parameter); groups that
+    it has not moved yet are passed over. Dead neurons lose their momentum; without ``mask`` their
+    gradient may revive them.
 
     Args:
         model: the network, not wrapped in DistributedDataParallel. The penalty depends on the
@@ -71,7 +73,8 @@ class GroupSparsity(Proximal):
 
     Attributes:
         groups: the groups that are penalised.
-        left_out: for layers that are not, why.
+        left_out: for layers that are not, why; among them those of a group of which a filter or
+            bias takes no gradient or belongs to another layer too.
 
     Raises:
         TypeError, ValueError: numbers out of range, unknown layers, a network without channels
@@ -152,20 +155,28 @@ class GroupSparsity(Proximal):
         first_factor: float,
         tied: str,
     ) -> dict[ChannelGroup, float]:
-        factors = {}
+        factors, shared = {}, shared_parameters(self.model)
         for at, group in enumerate(groups):
             factor = min(layers.get(name, 1.0) for name in group.producers)
             if tied == "skip" and self._is_tied(group):
                 factor = 0.0
                 for name in group.producers:
                     self.left_out[name] = "its channels are tied to another layer's"
-            fixed = [n for n in group.parameters if not self.model.get_parameter(n).requires_grad]
-            if fixed:
+            reason = self._fixed(group, shared)
+            if reason is not None:
                 factor = 0.0
-                for name in group.producers:
-                    self.left_out[name] = f"{fixed[0]} takes no gradient"
+                self.left_out |= dict.fromkeys(group.producers, reason)
             factors[group] = factor * (first_factor if at < first_layers else 1.0)
         return factors
+
+    def _fixed(self, group: ChannelGroup, shared: Collection[str]) -> str | None:
+        """Why a group's parameters cannot be moved."""
+        for name in group.parameters:
+            if not self.model.get_parameter(name).requires_grad:
+                return f"{name} takes no gradient"
+            if name in shared:
+                return f"another layer has {name} too"
+        return None
 
     def _is_tied(self, group: ChannelGroup) -> bool:
         """Whether more than one layer, not counting those of several groups, makes its channels."""
@@ -216,7 +227,8 @@ class GroupSparsity(Proximal):
         parameters = dict(self.model.named_parameters())
         metric = self._metric()
         weights, critical = {}, {}
-        for group in self.groups:
+        moved = self._stepped({group: group.parameters for group in self.groups}, metric)
+        for group in moved:
             z = group.gather(parameters)
             scale = None if metric is None else group.gather(metric)
             weights[group] = self._weight(group, 1.0 if scale is None else float(scale.mean()))
@@ -224,7 +236,7 @@ class GroupSparsity(Proximal):
             critical[group] = critical_strength(in_metric, weights[group], self.alpha).cpu()
         self.strength_used = self._strength_for(critical, step, ahead)
         dead = {}
-        for group in self.groups:
+        for group in moved:
             threshold = step * self.strength_used * weights[group]
             if threshold > 0:
                 dead[group] = self._shrink(group, parameters, metric, threshold, critical[group])
@@ -244,13 +256,17 @@ class GroupSparsity(Proximal):
             return float(self.strength)
         if self.target_params is None:
             return DOSE / sum(self.schedule or ())
-        shelter = {g: protected(critical[g], self._floors[g]) for g in self.groups}
+        shelter = {g: protected(critical[g], self._floors[g]) for g in critical}
+        # Those that are passed over stay as they are.
+        fixed = {g: ~g.dead(self.model).cpu() for g in self.groups if g not in critical}
 
         def count(level: float) -> int:
-            return self._count.after([(critical[g] > level) | shelter[g] for g in self.groups])
+            alive = {g: (critical[g] > level) | shelter[g] for g in critical} | fixed
+            return self._count.after([alive[g] for g in self.groups])
 
         most = int(self.target_params * self._count.total) - self._biases
         level = level_for_count(torch.cat(list(critical.values())), count, most)
+        self._check_within_reach(count(level), most, [group.name for group in fixed])
         return self._rule.strength(level, step, ahead)
 
     def _shrink(
@@ -324,10 +340,17 @@ class GroupSparsity(Proximal):
             ValueError: it is another network's; nothing is taken then.
         """
         sizes = {group.name: group.channels for group in self.groups}
+        known = state if isinstance(state, dict) else {}
         # States of before there was this entry have none.
-        found = state.get("channels", sizes) if isinstance(state, dict) else sizes
+        found = known.get("channels", sizes)
         if found != sizes:
             raise ValueError(f"{_OP}: state must be of {sizes} channels, got one of {found}")
+        for name, dead in known.get("masked", {}).items():
+            if name in sizes and max(dead, default=0) >= sizes[name]:
+                raise ValueError(
+                    f"{_OP}: state must be of {sizes[name]} channels of {name!r}, got one with "
+                    f"channel {max(dead)}"
+                )
         self._load_counters(state, [group.name for group in self.groups], "initial")
         self._rule.left, self._is_done = state["left"], bool(state["done"])
         for group in self.groups:

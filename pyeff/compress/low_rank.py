@@ -47,7 +47,7 @@ class LowRank(Proximal):
     Every layer keeps its ``floor`` largest singular values: one that would vanish stays as it is.
 
     With Adam a layer's step is divided by the mean of its metric (``sqrt(v) + eps``): singular
-    values have no metric for every parameter.
+    values have no metric for every parameter. Layers that it has not moved yet are passed over.
 
     Args:
         model: the network, not wrapped in DistributedDataParallel.
@@ -175,13 +175,12 @@ class LowRank(Proximal):
         if step <= 0:
             return
         found = self._metric()
-        metric = {
-            name: 1.0 if found is None else float(found[key].mean())
-            for name, key in zip(self.layers, self._penalised(), strict=True)
-        }
-        per_strength = {name: self._step_of(name, metric[name]) for name in self.layers}
+        keys = dict(zip(self.layers, self._penalised(), strict=True))
+        moved = self._stepped({name: [key] for name, key in keys.items()}, found)
+        metric = {name: 1.0 if found is None else float(found[keys[name]].mean()) for name in moved}
+        per_strength = {name: self._step_of(name, metric[name]) for name in moved}
         self.strength_used = self._strength_for(per_strength, step, ahead)
-        for name in self.layers:
+        for name in moved:
             weight = self._weight(name)
             tau = step * self.strength_used * per_strength[name]
             if tau <= 0:
@@ -199,11 +198,13 @@ class LowRank(Proximal):
         if self.target_params is None:
             return _DOSE / sum(self.schedule or ())
         levels = {}
-        for name in self.layers:
-            if per_strength[name] > 0:
+        for name, per_one in per_strength.items():
+            if per_one > 0:
                 values = self._values(name)
                 real = values > self._noise(name, values)
-                levels[name] = torch.where(real, values, 0.0) / per_strength[name]
+                levels[name] = torch.where(real, values, 0.0) / per_one
+        if not levels:  # All weights are zero.
+            return 0.0
 
         def count(level: float) -> int:
             ranks = {n: max(int((found > level).sum()), self.floor) for n, found in levels.items()}
@@ -211,6 +212,8 @@ class LowRank(Proximal):
 
         most = int(self.target_params * self._count.total)
         level = level_for_count(torch.cat(list(levels.values())), count, most)
+        passed = [name for name in self.layers if name not in per_strength]
+        self._check_within_reach(count(level), most, passed)
         return self._rule.strength(level, step, ahead)
 
     def ranks(self, energy: float = 1.0) -> dict[str, int]:

@@ -67,7 +67,8 @@ class OrthoReg:
         ]
         if not self._convolutions:
             raise ValueError(
-                f"{_OP}: model must have convolutions of more than one filter, got none"
+                f"{_OP}: model must have convolutions of more than one filter whose weight takes a "
+                "gradient, got none"
             )
 
     @torch.no_grad()

@@ -1,13 +1,14 @@
 """When a proximal step is due and how large it is: what the regularisers have in common."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam)  # AdamW is an Adam
+_Unit = TypeVar("_Unit")
 
 
 class Proximal:
@@ -149,11 +150,7 @@ class Proximal:
         return {name: state[key] for name, state in states if state.get(key) is not None}
 
     def _metric(self) -> dict[str, Tensor] | None:
-        """Adam's ``sqrt(v) + eps`` by parameter, None for SGD.
-
-        Raises:
-            ValueError: Adam has not taken a step yet on a parameter of the penalty.
-        """
+        """Adam's ``sqrt(v) + eps`` by parameter that it has taken a step on, None for SGD."""
         optimizer = self._optimizer
         if not isinstance(optimizer, torch.optim.Adam):
             return None
@@ -167,13 +164,48 @@ class Proximal:
                     correction = 1 - float(group["betas"][1]) ** float(state["step"])
                     variance = state[key].double() / correction
                     found[names[id(parameter)]] = variance.sqrt() + float(group["eps"])
-        missing = [name for name in self._penalised() if name not in found]
-        if missing:
+        return found
+
+    def _stepped(
+        self, units: Mapping[_Unit, Sequence[str]], metric: Mapping[str, Tensor] | None
+    ) -> list[_Unit]:
+        """The layers or groups that can be moved: those with a metric, all for SGD.
+
+        A part that no loss reaches yet, as a head that is not used, has none.
+
+        Args:
+            units: names of the parameters of each.
+            metric: what :meth:`_metric` gave.
+
+        Raises:
+            ValueError: Adam has not taken a step on any of them.
+        """
+        if metric is None:
+            return list(units)
+        found = [unit for unit, names in units.items() if all(name in metric for name in names)]
+        if not found:
+            missing = next(name for names in units.values() for name in names if name not in metric)
             raise ValueError(
                 f"{self._op}: optimizer must have taken a step before the penalty acts, got none "
-                f"on {missing[0]}"
+                f"on {missing}"
             )
         return found
+
+    def _check_within_reach(self, left: int, most: int, passed: Sequence[str]) -> None:
+        """Raises where layers that are passed over keep more than a target allows.
+
+        The others would otherwise be cut down to their floors, and in vain.
+
+        Args:
+            left: parameters that are left at the least.
+            most: what may be left.
+            passed: the layers that have taken no step.
+        """
+        if passed and left > most:
+            raise ValueError(
+                f"{self._op}: optimizer must have taken a step on enough layers to leave {most} "
+                f"parameters, got {left} left without {', '.join(passed)}"
+            )
 
     def _counters(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "steps": self.steps, "strength": self.strength_used}
