@@ -24,7 +24,7 @@ namespace {
 py::list launches() {
   const auto triple = [](dim3 size) { return py::make_tuple(size.x, size.y, size.z); };
   py::list list;
-  for (const simt::LaunchRecord& record : simt::machine().launches) {
+  for (const simt::Launch& record : simt::machine().launches) {
     py::dict entry;
     entry["name"] = record.name;
     entry["grid"] = triple(record.grid);

@@ -27,9 +27,10 @@ __global__ void __launch_bounds__(32) product_kernel(const T* a, const T* b, flo
   cp_async_commit();
   cp_async_wait<0>();
   __syncwarp();
-  std::uint32_t fragment_a[4], fragment_b[2];
+  std::uint32_t fragment_a[4], twice_b[4];
   ldmatrix_x4(fragment_a, rows_a + lane % 16 * kWidth + lane / 16 * 8);
-  ldmatrix_x2(fragment_b, rows_b + lane % 8 * kWidth + lane / 8 % 2 * 8);
+  ldmatrix_x4(twice_b, rows_b + lane % 8 * kWidth + lane / 8 % 2 * 8);
+  const std::uint32_t fragment_b[2] = {twice_b[0], twice_b[1]};
   float sum[4] = {};
   mma(sum, fragment_a, fragment_b, T{});
   for (int i = 0; i < 4; ++i) y[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];

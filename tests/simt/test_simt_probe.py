@@ -43,7 +43,7 @@ def test_what_was_not_waited_for_is_nan(simt, fault):
         ("divergent", r"faulty: barriers differ: __syncthreads \(.*probe.cu:\d+\) and"),
         ("early end", "a thread ends while others wait at __syncthreads"),
         ("beyond", "written beyond the shared memory of 256 bytes"),
-        ("warp", "no thread can go on: from thread 0 on they wait at __syncwarp"),
+        ("warp", "no thread can go on: from thread 0 on at __syncwarp"),
         ("mask", r"the mask of __syncwarp .* lacks the calling lane"),
     ],
 )

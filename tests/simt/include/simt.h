@@ -12,6 +12,7 @@
 #include <exception>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -21,19 +22,23 @@
 #include <utility>
 #include <vector>
 
+#include "simt_types.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#else  // nobody who must know of stacks
+inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
+inline void __asan_unpoison_memory_region(const void*, std::size_t) {}
 #endif
-
-#include "simt_types.h"
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 namespace simt {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kDevices = 2;
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 // After the shared memory, where no sanitizer looks there.
@@ -45,13 +50,11 @@ constexpr std::size_t kGuardBytes = 1024;
 
 // Where threads meet: the same call means the same line.
 struct Site {
-  const char* what;
-  const char* file;
+  const char *what, *file;
   int line;
 
-  bool operator==(const Site& other) const {
-    return line == other.line && std::strcmp(what, other.what) == 0 &&
-           std::strcmp(file, other.file) == 0;
+  bool operator!=(const Site& other) const {
+    return line != other.line || std::strcmp(what, other.what) || std::strcmp(file, other.file);
   }
   std::string words() const {
     return std::string(what) + " (" + file + ":" + std::to_string(line) + ")";
@@ -61,17 +64,22 @@ struct Site {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  std::size_t bytes;
   bool valid;
   int group;
+};
+
+struct Stack {
+  void* pointer = nullptr;
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+  void* fake = nullptr;  // of the address sanitizer
 };
 
 enum class State { kReady, kWaiting, kDone };
 
 struct Fiber {
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  void* fake_stack = nullptr;  // of the address sanitizer
+  Stack stack;
   uint3 index{};
   int number = 0;  // within the block
   State state = State::kDone;
@@ -87,7 +95,7 @@ struct Meeting {
   void* operands[kWarp];
 };
 
-struct LaunchRecord {
+struct Launch {
   std::string name;
   dim3 grid, block;
   std::size_t shared_bytes;
@@ -97,12 +105,12 @@ struct LaunchRecord {
 
 struct Machine {
   std::mutex one_launch;
-  int device = 0, device_count = 2, multiprocessors = 2;
+  int device = 0, multiprocessors = 2;
   bool reverse = false;  // the order of blocks, warps and lanes
-  std::vector<LaunchRecord> launches;
-  std::map<const void*, int> allowed_shared;
+  std::vector<Launch> launches;
+  std::map<void*, std::size_t> allowed_shared;
   // of the running launch
-  std::string kernel_name;
+  Launch launch;
   std::function<void()> kernel;
   std::vector<Fiber> fibers;
   int threads = 0, running = 0;  // of the block; fibers that are not done
@@ -111,17 +119,22 @@ struct Machine {
   int at_barrier = 0;
   Site barrier{};
   char* shared = nullptr;
-  std::size_t shared_bytes = 0;
-  void* host_stack = nullptr;
-  void* host_fake_stack = nullptr;
-  const void* host_bottom = nullptr;
-  std::size_t host_bytes = 0;
+  Stack host;
   std::exception_ptr error;
 };
 
 inline Machine& machine() {
   static Machine the_machine;
   return the_machine;
+}
+
+[[noreturn]] inline void fail(const std::string& what) {
+  const auto triple = [](uint3 v) {
+    return "[" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) +
+           "]";
+  };
+  throw std::runtime_error(machine().launch.name + ": " + what + "; block " + triple(blockIdx) +
+                           ", thread " + triple(threadIdx));
 }
 
 // --- fibers --------------------------------------------------------------------------------------
@@ -140,77 +153,58 @@ __attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void*
       "ret\n");
 }
 
+inline void go(Stack& from, Stack& to, bool for_ever = false) {
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake, to.bottom, to.bytes);
+  switch_stack(&from.pointer, to.pointer);
+  __sanitizer_finish_switch_fiber(from.fake, &to.bottom, &to.bytes);
+}
+
 inline void enter_fiber(Fiber& fiber) {
-  Machine& m = machine();
-  m.current = &fiber;
+  machine().current = &fiber;
   threadIdx = fiber.index;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&m.host_fake_stack, fiber.stack, kStackBytes);
-#endif
-  switch_stack(&m.host_stack, fiber.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(m.host_fake_stack, nullptr, nullptr);
-#endif
+  go(machine().host, fiber.stack);
 }
 
-inline void leave_fiber() {
-  Machine& m = machine();
-  Fiber& fiber = *m.current;
-#if defined(__SANITIZE_ADDRESS__)
-  const bool last = fiber.state == State::kDone;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, m.host_bottom, m.host_bytes);
-#endif
-  switch_stack(&fiber.stack_pointer, m.host_stack);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, &m.host_bottom, &m.host_bytes);
-#endif
-}
-
-[[noreturn]] inline void fail(const std::string& what) {
-  const auto triple = [](auto v) {
-    return "[" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) +
-           "]";
-  };
-  throw std::runtime_error(machine().kernel_name + ": " + what + "; block " + triple(blockIdx) +
-                           ", thread " + triple(threadIdx));
+inline void wait_here(const Site& site) {
+  Fiber& fiber = *machine().current;
+  fiber.site = site;
+  fiber.state = State::kWaiting;
+  go(fiber.stack, machine().host);
 }
 
 inline void fiber_main() {
   Machine& m = machine();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &m.host_bottom, &m.host_bytes);
-#endif
-  Fiber& fiber = *m.current;
+  __sanitizer_finish_switch_fiber(nullptr, &m.host.bottom, &m.host.bytes);
   try {
     m.kernel();
     if (m.at_barrier > 0) fail("a thread ends while others wait at " + m.barrier.words());
   } catch (...) {
     if (!m.error) m.error = std::current_exception();
   }
-  fiber.state = State::kDone;
+  m.current->state = State::kDone;
   --m.running;
-  leave_fiber();
+  go(m.current->stack, m.host, true);
   std::abort();  // nothing enters a fiber that is done
 }
 
 inline void prepare(Fiber& fiber, int number) {
-  if (fiber.stack == nullptr) {
+  if (fiber.stack.bottom == nullptr) {
     constexpr std::size_t guard = 4096;
     void* const memory = mmap(nullptr, kStackBytes + guard, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, guard, PROT_NONE);
-    fiber.stack = static_cast<char*>(memory) + guard;
+    fiber.stack.bottom = static_cast<char*>(memory) + guard;
+    fiber.stack.bytes = kStackBytes;
   }
-#if defined(__SANITIZE_ADDRESS__)
   // The last fiber on this stack never returned from its frames: their marks are still there.
-  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
-#endif
+  __asan_unpoison_memory_region(fiber.stack.bottom, kStackBytes);
   // Six registers, the first call's address, and a slot that makes the alignment that of a call.
-  void** const top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
+  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(fiber.stack.bottom) + kStackBytes;
+  void** const top = reinterpret_cast<void**>(end);
   std::memset(top - 8, 0, 8 * sizeof(void*));
   top[-2] = reinterpret_cast<void*>(&fiber_main);
-  fiber.stack_pointer = top - 8;
+  fiber.stack.pointer = top - 8;
   fiber.number = number;
   const unsigned n = static_cast<unsigned>(number);
   fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
@@ -221,65 +215,12 @@ inline void prepare(Fiber& fiber, int number) {
 
 // --- a block -------------------------------------------------------------------------------------
 
-inline std::string whom_all_wait_for() {
-  Machine& m = machine();
-  std::string words = "no thread can go on:";
-  std::vector<std::pair<std::string, int>> places;
-  for (int t = 0; t < m.threads; ++t) {
-    const Fiber& fiber = m.fibers[t];
-    const std::string place =
-        fiber.state == State::kDone ? "have ended" : "wait at " + fiber.site.words();
-    if (places.empty() || places.back().first != place) places.emplace_back(place, t);
-  }
-  for (std::size_t i = 0; i < places.size() && i < 6; ++i) {
-    words += " from thread " + std::to_string(places[i].second) + " on they " + places[i].first +
-             (i + 1 < places.size() ? "," : "");
-  }
-  return words;
-}
-
-inline void run_block() {
-  Machine& m = machine();
-  m.running = m.threads;
-  m.at_barrier = 0;
-  m.meetings.assign((m.threads + kWarp - 1) / kWarp, {});
-  if (m.shared != nullptr) std::memset(m.shared, kPoison, m.shared_bytes + kGuardBytes);
-  for (int t = 0; t < m.threads; ++t) prepare(m.fibers[t], t);
-  while (m.running > 0) {
-    bool moved = false;
-    for (int i = 0; i < m.threads; ++i) {
-      Fiber& fiber = m.fibers[m.reverse ? m.threads - 1 - i : i];
-      if (fiber.state != State::kReady) continue;
-      moved = true;
-      enter_fiber(fiber);
-      if (m.error) return;
-    }
-    if (!moved) {
-      threadIdx = {};
-      fail(whom_all_wait_for());
-    }
-  }
-  for (std::size_t i = 0; m.shared != nullptr && i < kGuardBytes; ++i) {
-    if (static_cast<unsigned char>(m.shared[m.shared_bytes + i]) != kPoison) {
-      fail("written beyond the shared memory of " + std::to_string(m.shared_bytes) + " bytes");
-    }
-  }
-}
-
-inline void wait_here(const Site& site) {
-  Fiber& fiber = *machine().current;
-  fiber.site = site;
-  fiber.state = State::kWaiting;
-  leave_fiber();
-}
-
 // All threads of the block meet.
 inline void block_barrier(const Site& site) {
   Machine& m = machine();
   if (m.running < m.threads) fail("threads have ended before " + site.words());
-  if (m.at_barrier == 0) {
-    m.barrier = site;
-  } else if (!(m.barrier == site)) {
+  if (m.at_barrier == 0) m.barrier = site;
+  if (m.barrier != site) {
     fail("barriers differ: " + m.barrier.words() + " and " + site.words());
   }
   if (++m.at_barrier < m.threads) return wait_here(site);
@@ -287,7 +228,8 @@ inline void block_barrier(const Site& site) {
   for (int t = 0; t < m.threads; ++t) m.fibers[t].state = State::kReady;
 }
 
-// The lanes of the mask meet; body(operands by lane) runs once, when the last has come.
+// The lanes of the mask meet; body(operands by lane, null without one) runs once, when the last has
+// come.
 template <typename Operand, typename Body>
 void meet(unsigned mask, const Site& site, Operand& mine, const Body& body) {
   Machine& m = machine();
@@ -295,15 +237,9 @@ void meet(unsigned mask, const Site& site, Operand& mine, const Body& body) {
   if ((mask >> lane & 1u) == 0) fail("the mask of " + site.words() + " lacks the calling lane");
   std::vector<Meeting>& meetings = m.meetings[warp];
   std::size_t at = 0;
-  while (at < meetings.size() && meetings[at].mask != mask) ++at;
-  if (at == meetings.size()) {
-    for (const Meeting& other : meetings) {
-      if (other.mask & mask) {
-        fail("lanes with other masks wait at " + other.site.words() + ": " + site.words());
-      }
-    }
-    meetings.push_back({mask, 0, site, {}});
-  } else if (!(meetings[at].site == site)) {
+  while (at < meetings.size() && (meetings[at].mask & mask) == 0) ++at;
+  if (at == meetings.size()) meetings.push_back({mask, 0, site, {}});
+  if (meetings[at].mask != mask || meetings[at].site != site) {
     fail("lanes of a warp differ: " + meetings[at].site.words() + " and " + site.words());
   }
   meetings[at].operands[lane] = &mine;
@@ -314,16 +250,75 @@ void meet(unsigned mask, const Site& site, Operand& mine, const Body& body) {
   meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(at));
   body(operands);
   for (int i = 0; i < kWarp; ++i) {
-    if (mask >> i & 1u) m.fibers[warp * kWarp + i].state = State::kReady;
+    if (operands[i] != nullptr) m.fibers[warp * kWarp + i].state = State::kReady;
+  }
+}
+
+[[noreturn]] inline void fail_where_all_wait() {
+  const Machine& m = machine();
+  std::string words = "no thread can go on:", last;
+  for (int t = 0; t < m.threads; ++t) {
+    const Fiber& fiber = m.fibers[t];
+    const std::string does = fiber.state == State::kDone ? "ended" : "at " + fiber.site.words();
+    if (does != last) words += " from thread " + std::to_string(t) + " on " + does + ",";
+    last = does;
+  }
+  words.pop_back();
+  threadIdx = {};
+  fail(words);
+}
+
+inline void run_block() {
+  Machine& m = machine();
+  const std::size_t shared_bytes = m.launch.shared_bytes;
+  m.running = m.threads;
+  m.at_barrier = 0;
+  m.meetings.assign((m.threads + kWarp - 1) / kWarp, {});
+  std::memset(m.shared, kPoison, shared_bytes + kGuardBytes);
+  for (int t = 0; t < m.threads; ++t) prepare(m.fibers[t], t);
+  while (m.running > 0) {
+    bool moved = false;
+    for (int i = 0; i < m.threads; ++i) {
+      Fiber& fiber = m.fibers[m.reverse ? m.threads - 1 - i : i];
+      if (fiber.state != State::kReady) continue;
+      moved = true;
+      enter_fiber(fiber);
+      if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
+    }
+    if (!moved) fail_where_all_wait();
+  }
+  for (std::size_t i = 0; i < kGuardBytes; ++i) {
+    if (static_cast<unsigned char>(m.shared[shared_bytes + i]) != kPoison) {
+      fail("written beyond the shared memory of " + std::to_string(shared_bytes) + " bytes");
+    }
+  }
+}
+
+inline void run_grid(const Launch& launch, std::function<void()> kernel) {
+  Machine& m = machine();
+  m.launch = launch;
+  m.kernel = std::move(kernel);
+  gridDim = launch.grid;
+  blockDim = launch.block;
+  m.threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  if (m.fibers.size() < static_cast<std::size_t>(m.threads)) m.fibers.resize(m.threads);
+  const std::unique_ptr<char[]> shared(new char[launch.shared_bytes + kGuardBytes]);
+  m.shared = shared.get();
+  const std::uint64_t blocks = std::uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  for (std::uint64_t i = 0; i < blocks; ++i) {
+    const std::uint64_t b = m.reverse ? blocks - 1 - i : i, row = b / gridDim.x;
+    blockIdx = {static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(row % gridDim.y),
+                static_cast<unsigned>(row / gridDim.y)};
+    run_block();
   }
 }
 
 // --- shared memory and copies into it ------------------------------------------------------------
 
-inline void require_shared(const void* address, int bytes, const char* what) {
+inline void require_shared(const void* address, std::size_t bytes, const char* what) {
   const Machine& m = machine();
   const char* const p = static_cast<const char*>(address);
-  if (p < m.shared || p + bytes > m.shared + m.shared_bytes) {
+  if (p < m.shared || p + bytes > m.shared + m.launch.shared_bytes) {
     fail(std::string(what) + ": the address is outside of the shared memory");
   }
   if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) {
@@ -331,7 +326,7 @@ inline void require_shared(const void* address, int bytes, const char* what) {
   }
 }
 
-inline void copy_later(void* to, const void* from, int bytes, bool valid) {
+inline void copy_later(void* to, const void* from, std::size_t bytes, bool valid) {
   require_shared(to, bytes, "cp_async");
   if (reinterpret_cast<std::uintptr_t>(from) % bytes != 0) {
     fail("cp_async: the global address must be a multiple of " + std::to_string(bytes));
@@ -343,49 +338,12 @@ inline void copy_later(void* to, const void* from, int bytes, bool valid) {
 
 inline void wait_for_copies(int pending) {
   Fiber& fiber = *machine().current;
-  std::size_t done = 0;
-  for (; done < fiber.copies.size(); ++done) {
-    const Copy& copy = fiber.copies[done];
-    if (copy.group >= fiber.groups - pending) break;
-    if (copy.valid) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      std::memset(copy.to, 0, copy.bytes);
-    }
+  auto copy = fiber.copies.begin();
+  for (; copy != fiber.copies.end() && copy->group < fiber.groups - pending; ++copy) {
+    if (copy->valid) std::memcpy(copy->to, copy->from, copy->bytes);
+    if (!copy->valid) std::memset(copy->to, 0, copy->bytes);
   }
-  fiber.copies.erase(fiber.copies.begin(),
-                     fiber.copies.begin() + static_cast<std::ptrdiff_t>(done));
-}
-
-// --- a launch ------------------------------------------------------------------------------------
-
-inline void run_grid() {
-  Machine& m = machine();
-  if (m.fibers.size() < static_cast<std::size_t>(m.threads)) m.fibers.resize(m.threads);
-  if (m.shared_bytes > 0) m.shared = static_cast<char*>(std::malloc(m.shared_bytes + kGuardBytes));
-  const std::uint64_t blocks = std::uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  try {
-    for (std::uint64_t i = 0; i < blocks && !m.error; ++i) {
-      const std::uint64_t b = m.reverse ? blocks - 1 - i : i;
-      blockIdx = {static_cast<unsigned>(b % gridDim.x),
-                  static_cast<unsigned>(b / gridDim.x % gridDim.y),
-                  static_cast<unsigned>(b / gridDim.x / gridDim.y)};
-      run_block();
-    }
-  } catch (...) {
-    m.error = std::current_exception();
-  }
-  std::free(m.shared);
-  m.shared = nullptr;
-  m.kernel = nullptr;
-  if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
-}
-
-inline bool is_possible(dim3 grid, dim3 block, std::size_t shared_bytes, int allowed) {
-  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
-  return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.y >= 1 &&
-         grid.z >= 1 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
-         shared_bytes <= static_cast<std::size_t>(allowed);
+  fiber.copies.erase(fiber.copies.begin(), copy);
 }
 
 }  // namespace simt

@@ -27,107 +27,70 @@ void cp_async_wait() {
 
 namespace emulated {
 
-template <int kMatrices>
-struct Matrices {
-  const std::uint16_t* row;
-  std::uint32_t r[kMatrices];
-};
-
-template <int kMatrices, bool kTrans>
-void ldmatrix(std::uint32_t (&r)[kMatrices], const void* row, const simt::Site& site) {
-  const int lane = simt::lane();
-  if (lane < 8 * kMatrices) simt::require_shared(row, 16, site.what);
-  Matrices<kMatrices> mine{static_cast<const std::uint16_t*>(row), {}};
-  simt::meet(0xffffffffu, site, mine, [](Matrices<kMatrices>** lanes) {
+template <bool kTrans>
+void ldmatrix(std::uint32_t (&r)[4], const void* row, const simt::Site& site) {
+  struct Operand {
+    const std::uint16_t* row;
+    std::uint32_t* r;
+  } mine{static_cast<const std::uint16_t*>(row), r};
+  simt::require_shared(row, 16, site.what);
+  simt::meet(0xffffffffu, site, mine, [](Operand** lanes) {
     const auto element = [&](int matrix, int i, int j) {
-      const int from = 8 * matrix + (kTrans ? j : i);
-      return std::uint32_t{lanes[from]->row[kTrans ? i : j]};
+      return std::uint32_t{lanes[8 * matrix + (kTrans ? j : i)]->row[kTrans ? i : j]};
     };
-    for (int l = 0; l < simt::kWarp; ++l) {
-      for (int matrix = 0; matrix < kMatrices; ++matrix) {
-        const int i = l / 4, j = l % 4 * 2;
-        lanes[l]->r[matrix] = element(matrix, i, j) | element(matrix, i, j + 1) << 16;
+    for (int lane = 0; lane < simt::kWarp; ++lane) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        lanes[lane]->r[matrix] = element(matrix, i, j) | element(matrix, i, j + 1) << 16;
       }
     }
   });
-  for (int i = 0; i < kMatrices; ++i) r[i] = mine.r[i];
 }
 
-struct Product {
-  float* d;
-  const std::uint32_t *a, *b;
-};
-
-template <typename T>
-float half_of(std::uint32_t word, int half) {
-  T value;
-  value.bits = static_cast<std::uint16_t>(word >> 16 * half);
-  return static_cast<float>(value);
-}
-
-struct Place {
-  int lane, index, half;
-};
-
-// d += a b for [16, kDepth] by [kDepth, 8]; the places say who holds a number, read makes it one.
-template <int kDepth, typename Read, typename PlaceA, typename PlaceB>
-void multiply(Product** lanes, const Read& read, const PlaceA& place_a, const PlaceB& place_b) {
-  float a[16][kDepth], b[kDepth][8];
-  for (int k = 0; k < kDepth; ++k) {
-    for (int row = 0; row < 16; ++row) {
-      const Place place = place_a(row, k);
-      a[row][k] = read(lanes[place.lane]->a[place.index], place.half);
-    }
-    for (int col = 0; col < 8; ++col) {
-      const Place place = place_b(k, col);
-      b[k][col] = read(lanes[place.lane]->b[place.index], place.half);
-    }
-  }
-  for (int row = 0; row < 16; ++row) {
-    float sum[8] = {};
+// d += a b for [16, 8 kPack] by [8 kPack, 8], with kPack numbers in a word, which `read` takes out.
+template <int kPack, typename Read>
+void multiply(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+              const simt::Site& site, const Read& read) {
+  struct Operand {
+    float* d;
+    const std::uint32_t *a, *b;
+  } mine{d, a, b};
+  simt::meet(0xffffffffu, site, mine, [&](Operand** lanes) {
+    constexpr int kDepth = 8 * kPack, kStep = 4 * kPack;
+    float left[16][kDepth], right[kDepth][8];
     for (int k = 0; k < kDepth; ++k) {
-      for (int col = 0; col < 8; ++col) sum[col] += a[row][k] * b[k][col];
+      const int lane = k % kStep / kPack, word = k / kStep, place = k % kPack;
+      for (int row = 0; row < 16; ++row) {
+        left[row][k] = read(lanes[row % 8 * 4 + lane]->a[row / 8 + 2 * word], place);
+      }
+      for (int col = 0; col < 8; ++col) right[k][col] = read(lanes[col * 4 + lane]->b[word], place);
     }
-    for (int col = 0; col < 8; ++col) {
-      lanes[row % 8 * 4 + col / 2]->d[row / 8 * 2 + col % 2] += sum[col];
+    for (int row = 0; row < 16; ++row) {
+      float sum[8] = {};
+      for (int k = 0; k < kDepth; ++k) {
+        for (int col = 0; col < 8; ++col) sum[col] += left[row][k] * right[k][col];
+      }
+      for (int col = 0; col < 8; ++col) {
+        lanes[row % 8 * 4 + col / 2]->d[row / 8 * 2 + col % 2] += sum[col];
+      }
     }
-  }
-}
-
-template <typename T>
-void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-         const simt::Site& site) {
-  Product mine{d, a, b};
-  simt::meet(0xffffffffu, site, mine, [](Product** lanes) {
-    multiply<16>(
-        lanes, [](std::uint32_t word, int half) { return half_of<T>(word, half); },
-        [](int row, int k) { return Place{row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2}; },
-        [](int k, int col) { return Place{col * 4 + k % 8 / 2, k / 8, k % 2}; });
   });
 }
 
 }  // namespace emulated
 
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, SIMT_HERE) {
-  emulated::ldmatrix<4, false>(r, row, {"ldmatrix_x4", file, line});
+  emulated::ldmatrix<false>(r, row, {"ldmatrix_x4", file, line});
 }
 inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, SIMT_HERE) {
-  emulated::ldmatrix<4, true>(r, row, {"ldmatrix_x4_trans", file, line});
-}
-inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, SIMT_HERE) {
-  emulated::ldmatrix<2, false>(r, row, {"ldmatrix_x2", file, line});
-}
-inline void ldmatrix_x2_trans(std::uint32_t (&r)[2], const void* row, SIMT_HERE) {
-  emulated::ldmatrix<2, true>(r, row, {"ldmatrix_x2_trans", file, line});
+  emulated::ldmatrix<true>(r, row, {"ldmatrix_x4_trans", file, line});
 }
 
-inline void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], __half,
-                SIMT_HERE) {
-  emulated::mma<__half>(d, a, b, {"mma", file, line});
-}
-inline void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                __nv_bfloat16, SIMT_HERE) {
-  emulated::mma<__nv_bfloat16>(d, a, b, {"mma", file, line});
+template <typename T>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T, SIMT_HERE) {
+  emulated::multiply<2>(d, a, b, {"mma", file, line}, [](std::uint32_t word, int half) -> float {
+    return simt::bits_as<T>(static_cast<std::uint16_t>(word >> 16 * half));
+  });
 }
 
 inline std::uint32_t to_tf32(float value) {
@@ -135,13 +98,9 @@ inline std::uint32_t to_tf32(float value) {
 }
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
                      SIMT_HERE) {
-  emulated::Product mine{d, a, b};
-  simt::meet(0xffffffffu, {"mma_tf32", file, line}, mine, [](emulated::Product** lanes) {
-    emulated::multiply<8>(
-        lanes,  // the low bits of an operand are not looked at
-        [](std::uint32_t word, int) { return simt::bits_as<float>(word & ~0x1fffu); },
-        [](int row, int k) { return emulated::Place{row % 8 * 4 + k % 4, row / 8 + k / 4 * 2, 0}; },
-        [](int k, int col) { return emulated::Place{col * 4 + k % 4, k / 4, 0}; });
+  // The low bits of an operand are not looked at.
+  emulated::multiply<1>(d, a, b, {"mma_tf32", file, line}, [](std::uint32_t word, int) {
+    return simt::bits_as<float>(word & ~0x1fffu);
   });
 }
 
