@@ -24,11 +24,13 @@ struct DotWinogradCall {
   const DotWinogradItem* items;
   Index lane;
   Activation activation;
+  bool clamps;
   Bounds<float> bounds;
 };
 
 template <int Z>
 struct DotWinogradTile {
+  static_assert(Z == 1 || Z == 2);
   static constexpr int kLanesOf = kLanes<float>;
 
   template <int P>
@@ -121,23 +123,32 @@ struct DotWinogradTile {
         for (int p = 0; p < P; ++p) acc[p][z] = _mm512_fmadd_ps(acc[p][z], scale, shift);
       }
     }
+    const __m512 low = _mm512_set1_ps(call.bounds.low), high = _mm512_set1_ps(call.bounds.high);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       std::uint16_t* const out = call.items[p].out[j];
       if (out == nullptr) continue;
       const std::uint16_t* const residual = call.items[p].residual[j];
+      if (residual != nullptr) {
 #pragma GCC unroll 4
-      for (int z = 0; z < Z; ++z) {
-        const Index at = call.lane + z * kLanesOf;
-        __m512 v = acc[p][z];
-        if (residual != nullptr) v = _mm512_add_ps(v, widened(residual + at));
-        if (clamps(call.activation)) {
-          v = clamped<float>(v, call.bounds.low, call.bounds.high);
-        } else if (call.activation != Activation::kNone) {
-          v = bent(v, call.activation);
+        for (int z = 0; z < Z; ++z) acc[p][z] += widened(residual + call.lane + z * kLanesOf);
+      }
+      if (call.clamps) {
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) {
+          acc[p][z] = acc[p][z] < low ? low : acc[p][z];
+          acc[p][z] = acc[p][z] > high ? high : acc[p][z];
         }
-        const __m256bh bits = _mm512_cvtneps_pbh(v);
-        std::memcpy(out + at, &bits, sizeof bits);
+      } else if (call.activation != Activation::kNone) {
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) acc[p][z] = bent(acc[p][z], call.activation);
+      }
+      if constexpr (Z == 2) {
+        const __m512bh bits = _mm512_cvtne2ps_pbh(acc[p][1], acc[p][0]);
+        std::memcpy(out + call.lane, &bits, sizeof bits);
+      } else {
+        const __m256bh bits = _mm512_cvtneps_pbh(acc[p][0]);
+        std::memcpy(out + call.lane, &bits, sizeof bits);
       }
     }
   }
@@ -207,10 +218,12 @@ class DotWinogradLine {
   }
 
   void combine(const Item& item, Element* to) const {
-    const Index step = kChunk * in_pixel_;
-    for (Index c = 0; c < channels_; c += kPairBlock, to += kPairBlock) {
-      const Halves x0 = halves(item.in[0] + c), x1 = halves(item.in[1] + c);
-      const Halves x2 = halves(item.in[2] + c), x3 = halves(item.in[3] + c);
+    const Index step = kChunk * in_pixel_, channels = channels_;
+    const Element *const in0 = item.in[0], *const in1 = item.in[1], *const in2 = item.in[2],
+                         *const in3 = item.in[3];
+    for (Index c = 0; c < channels; c += kPairBlock, to += kPairBlock) {
+      const Halves x0 = halves(in0 + c), x1 = halves(in1 + c);
+      const Halves x2 = halves(in2 + c), x3 = halves(in3 + c);
       put(to, x0.low - x2.low, x0.high - x2.high);
       put(to + step, x1.low + x2.low, x1.high + x2.high);
       put(to + 2 * step, x2.low - x1.low, x2.high - x1.high);
@@ -242,7 +255,10 @@ class DotWinogradLine {
     call.in_point = kChunk * in_pixel_;
     call.pairs = layout.pairs();
     call.activation = line_.activation;
+    call.clamps = clamps(line_.activation);
     call.bounds = bounds_of<float>(line_.activation);
+    Part parts[kChunkTiles];  // divided once, not for every panel
+    for (int t = 0; t < tiles; ++t) parts[t] = part_of(count, t, tiles);
     for (Index lane = 0; lane < layout.lanes(); lane += kPanel) {
       call.b = weights + layout.pair_offset(lane, 0);
       call.b_step = layout.width(lane);
@@ -254,7 +270,7 @@ class DotWinogradLine {
         call.shift = line_.shift + lane;
       }
       for (int t = 0; t < tiles; ++t) {
-        const Part part = part_of(count, t, tiles);
+        const Part part = parts[t];
         call.in = in + part.begin * in_pixel_;
         call.items = items + part.begin;
         const Index size = part.end - part.begin - 1;
