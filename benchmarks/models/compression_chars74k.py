@@ -5,9 +5,10 @@
 Writes docs/results/compression_chars74k.*. Trains what is not trained yet (a finished run in --runs
 is kept, an interrupted one goes on), with one recipe for all, and no choice of an epoch by the test
 images: Dec3 as it is; with group sparsity to several shares of its parameters, to the last epoch or
-to --reload-epoch, after which the smaller network is trained on; and to one of the shares with the
-l1 term too. What is asked: how many neurons go before the accuracy is below that of the network as
-it is. Classes have 33 to 734 images, so that the mean over the classes is told too.
+to --reload-epoch, after which the smaller network is trained on; to one of the shares with the l1
+term too; and to small shares (--rank-targets) with low rank in place of group sparsity or beside
+it. What is asked: how many neurons go before the accuracy is below that of the network as it is.
+Classes have 33 to 734 images, so that the mean over the classes is told too.
 
 The paper's Dec3-512 takes 2.2 billion multiply-adds an image at 24 x 24 grey pixels, some ten
 minutes of one core for an epoch of 7,324 images. Shortened, so that a run takes 5 to 8 minutes: the
@@ -45,9 +46,10 @@ from pyeff.train import load_config_tasks
 from pyeff.train.batches import normalise
 
 NAME = "compression_chars74k"
-KINDS = ("dense", "group", "reload", "sgl")
+KINDS = ("dense", "group", "reload", "sgl", "rank")
 RECIPE: dict[str, Any] = {"schedule": "onecycle", "lr": 0.1, "weight_decay": 5e-4}
 BATCHES = (1, 32)
+RANK_KINDS = ("lowrank", "both")
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
@@ -58,6 +60,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     for epoch in (None, arguments.reload_epoch):
         arms += [Arm("group", target, epoch) for target in arguments.targets]
     arms.append(Arm("sgl", arguments.targets[0]))
+    for target in arguments.rank_targets:
+        of_each = [Arm(kind, target, arguments.reload_epoch) for kind in ("group", *RANK_KINDS)]
+        arms += [arm for arm in of_each if arm not in arms]
     return Plan(
         name=f"dec3_{arguments.width}",
         task="chars74k:grey",
@@ -75,6 +80,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 def kind_of(arm: Arm) -> str:
     """Which of :data:`KINDS` an arm is."""
+    if arm.kind in RANK_KINDS:
+        return "rank"
     return arm.kind if arm.epoch is None else "reload"
 
 
@@ -190,6 +197,13 @@ def main() -> None:
         nargs="+",
         default=[0.6, 0.8, 0.3],
         help="shares of the parameters; sparse group lasso is run for the first",
+    )
+    parser.add_argument(
+        "--rank-targets",
+        type=float,
+        nargs="*",
+        default=[0.3, 0.15],
+        help="shares that low rank, alone and with group sparsity, is asked for, with a reload",
     )
     parser.add_argument("--reload-epoch", type=int, default=5)
     parser.add_argument("--width", type=int, default=128)

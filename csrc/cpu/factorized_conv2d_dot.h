@@ -40,6 +40,14 @@ inline __m512 widened(const std::uint16_t* from) {
   const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, bits);
   return reinterpret_cast<__m512>(reinterpret_cast<Words>(words) << 16);
 }
+inline void store_narrowed(std::uint16_t* to, __m512 v) {
+  const __m256bh bits = _mm512_cvtneps_pbh(v);
+  std::memcpy(to, &bits, sizeof bits);
+}
+inline void store_narrowed(std::uint16_t* to, __m512 first, __m512 second) {
+  const __m512bh bits = _mm512_cvtne2ps_pbh(second, first);
+  std::memcpy(to, &bits, sizeof bits);
+}
 
 // Vectors of channels are one pixel after the other; kChannels > 0 says that pixels have so many
 // channels and lie side by side, which makes every address a constant away from one pointer.
@@ -155,15 +163,25 @@ struct DotTile {
     }
   }
 
+  // Two vectors at a time where they lie side by side.
   template <int P, int Z>
   static void write(const DotCall& call, const __m512 (&acc)[P][Z]) {
+    static_assert(Z == 1 || Z == 2);
+    std::uint16_t* const out = call.out;
+    const Index pixel = call.out_pixel;
+    if constexpr (Z == 2) {
 #pragma GCC unroll 32
-    for (int p = 0; p < P; ++p) {
-      std::uint16_t* to = call.out + p * call.out_pixel;
-#pragma GCC unroll 4
-      for (int z = 0; z < Z; ++z) {
-        const __m256bh bits = _mm512_cvtneps_pbh(acc[p][z]);
-        std::memcpy(to + z * kLanesOf, &bits, sizeof bits);
+      for (int p = 0; p < P; ++p) store_narrowed(out + p * pixel, acc[p][0], acc[p][1]);
+    } else {
+      const bool dense = pixel == kLanesOf;
+#pragma GCC unroll 32
+      for (int p = 0; p < P; p += 2) {
+        if (p + 1 < P && dense) {
+          store_narrowed(out + p * kLanesOf, acc[p][0], acc[p + 1 < P ? p + 1 : p][0]);
+        } else {
+          store_narrowed(out + p * pixel, acc[p][0]);
+          if (p + 1 < P) store_narrowed(out + (p + 1) * pixel, acc[p + 1 < P ? p + 1 : p][0]);
+        }
       }
     }
   }

@@ -144,11 +144,9 @@ struct DotWinogradTile {
         for (int z = 0; z < Z; ++z) acc[p][z] = bent(acc[p][z], call.activation);
       }
       if constexpr (Z == 2) {
-        const __m512bh bits = _mm512_cvtne2ps_pbh(acc[p][1], acc[p][0]);
-        std::memcpy(out + call.lane, &bits, sizeof bits);
+        store_narrowed(out + call.lane, acc[p][0], acc[p][1]);
       } else {
-        const __m256bh bits = _mm512_cvtneps_pbh(acc[p][0]);
-        std::memcpy(out + call.lane, &bits, sizeof bits);
+        store_narrowed(out + call.lane, acc[p][0]);
       }
     }
   }
