@@ -40,6 +40,7 @@ class WinogradWorker {
         scratch_(factorized_scratch()),
         band_cols_(larger(call.padding + call.x.cols, col_groups_.inputs())),
         ring_(make_ring()) {
+    for (Index g = 0; g < col_groups_.count(); ++g) first_cols_.push_back(col_groups_.first(g));
     Index memory = Line::memory(call.first.layout);
     if (call.paired) memory = larger(memory, Line::memory(call.second.layout));
     const Index zeros = larger(readable(call.x.channels), readable(call.first.layout.lanes()));
@@ -152,7 +153,9 @@ class WinogradWorker {
                   const RowOut<E>* outs) {
     const Index groups = col_groups_.count(), step = call_.dilation;
     line.run(count * groups, memory_, [&](Index q, typename Line::Item& item) {
-      const Index row = q / groups, c = col_groups_.first(q % groups);
+      Index row = 0;  // of a few: cheaper than a division
+      for (; q >= groups; q -= groups) ++row;
+      const Index c = first_cols_[static_cast<std::size_t>(q)];
       for (int i = 0; i < kInputs; ++i) item.in[i] = rows[row] + (c + i * step) * pixel;
       for (int j = 0; j < kRows; ++j) {
         const bool inside = c + j * step < call_.y.cols;
@@ -226,6 +229,7 @@ class WinogradWorker {
   const PairCall<E>& call_;
   PairRows<E, E> rows_;
   WinogradGroups<Line> row_groups_, col_groups_;
+  std::vector<Index> first_cols_;  // of the groups of columns
   Line first_, last_;
   FactorizedScratch& scratch_;
   Index band_cols_;
