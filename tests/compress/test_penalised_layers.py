@@ -89,11 +89,17 @@ def test_adam_may_train_a_part():
     model = network()
     model[0].requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    compressor = Compressor(model, X, rank=LowRank(model, strength=0.5))
+    low_rank = LowRank(model, strength=0.5)
+    compressor = Compressor(model, X, rank=low_rank)
     compressor.attach(optimizer)
     model(X).square().mean().backward()
     optimizer.step()
+    before = copy.deepcopy(model.state_dict())
     compressor.end_epoch(1e-3)
+    torch.testing.assert_close(model[0].state_dict()["weight"], before["0.weight"], rtol=0, atol=0)
+    assert "0" not in low_rank.layers
+    for name in low_rank.layers:
+        assert not torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
 
 
 def test_weights_that_are_shared_are_left_out():
