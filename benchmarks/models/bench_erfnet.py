@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cpu_rows import OURS, PEAK, peak, peak_gflops
 from erfnet_forms import as_released, compiled, folded
 from timing import (
     Candidate,
@@ -33,13 +34,11 @@ from timing import (
 )
 
 import pyeff
-from pyeff import _C
 from pyeff.models import ERFNet, erfnet
 
 NAME = "bench_erfnet_cpu"
-OURS, PEAK, DENSE = "pyeff", "fma loop", "dense, compiled"
+DENSE = "dense, compiled"
 RELEASED, COMPILED = "as released", "compiled"
-PEAK_REPEATS = 200_000
 # At (512, 1024), float32; PERFORMANCE.md asks for them.
 TARGETS = {COMPILED: 1.5, RELEASED: 2.3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,7 +118,7 @@ def measure(case: Case, rounds: int, seconds: float, dense: bool) -> dict[str, A
         made = forms(model, other, x)
         verify(made)
         candidates = {name: candidate(run, images) for name, (run, images) in made.items()}
-        candidates[PEAK] = lambda: _C.run_fma_loop(PEAK_REPEATS, case.threads)
+        candidates[PEAK] = peak(case.threads)
         found = compare(candidates, rounds=rounds, slice_seconds=0.001, max_seconds=seconds)
     pyeff.clear_packed()
     return row_of(case, found)
@@ -131,15 +130,15 @@ def row_of(case: Case, found: Comparison) -> dict[str, Any]:
     baselines = [name for name in found.seconds if name not in (OURS, PEAK, DENSE)]
     strongest = found.strongest(baselines)
     macs = case.batch * erfnet(20).costs(case.size).macs
-    peak = _C.run_fma_loop(PEAK_REPEATS, case.threads) / found.time(PEAK).median  # FLOP / s
+    gflops = peak_gflops(found, case.threads)
     row: dict[str, Any] = {
         **vars(case),
         "ms": 1e3 * ours.median,
         "ms_p10": 1e3 * ours.p10,
         "ms_p90": 1e3 * ours.p90,
         "gflops": 2 * macs / ours.median / 1e9,
-        "fma_gflops": peak / 1e9,
-        "over_floor": ours.median / (2 * macs / peak),
+        "fma_gflops": gflops,
+        "over_floor": ours.median / (2 * macs / gflops / 1e9),
         "strongest": strongest,
         "over_strongest": vars(found.speedup(OURS, strongest)),
         "clean": found.clean,

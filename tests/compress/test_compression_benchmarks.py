@@ -1,5 +1,6 @@
 """What the scripts of docs/results/compression.md make by hand, before they measure anything."""
 
+import argparse
 import copy
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ arms = importlib.import_module("compression_arms")
 tables = importlib.import_module("compression_tables")
 lite = importlib.import_module("efficientnet_lite")
 tuning = importlib.import_module("efficientnet_tuning")
+chars74k = importlib.import_module("compression_chars74k")
 
 
 def network():
@@ -82,6 +84,27 @@ def test_penalties_take_the_options_that_they_have(tmp_path):
         {"rank": "auto", "every": 20},
         {"group": "auto", "rank": "auto", "floor": 4, "every": 20},
     ]
+
+
+def test_characters_hold_low_rank_against_neurons_at_the_same_shares(tmp_path):
+    options = {
+        "targets": [0.6, 0.3],
+        "rank_targets": [0.3, 0.15],
+        "reload_epoch": 5,
+        "width": 8,
+        "seeds": [0],
+        "ablation_seeds": [0],
+        "data": tmp_path,
+        "runs": tmp_path,
+    }
+    recipe = ("epochs", "precision", "image_size", "limit_train", "limit_test", "device")
+    plan = chars74k.plan_of(argparse.Namespace(**options, **dict.fromkeys(recipe)))
+    names = [arm.name for arm in plan.arms]
+    assert len(names) == len(set(names))
+    for kind in ("group", "lowrank", "both"):
+        assert {f"{kind}5_0.3", f"{kind}5_0.15"} <= set(names)
+    chosen = [arm.name for arm in plan.arms if chars74k.kind_of(arm) == "rank"]
+    assert chosen == ["lowrank5_0.3", "both5_0.3", "lowrank5_0.15", "both5_0.15"]
 
 
 def test_an_arm_without_its_source_says_what_is_missing(tmp_path):
